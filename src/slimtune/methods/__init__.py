@@ -1,0 +1,1 @@
+"""Every method is one file here; `slimtune.core.registry` finds them."""

@@ -1,0 +1,156 @@
+"""merge / unmerge: fold adapters into the weights, and take them out again bit for bit.
+
+The merged weight is computed in float32 (float64 on a float64 base) and rounded once to the base's dtype, or requantised. The old
+parameter objects are kept aside, so unmerge gives back the very bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.errors import CapabilityError, MergeError
+from slimtune.core.fold import Chain, no_sum
+from slimtune.core.host import Slot
+from slimtune.core.op import affine
+from slimtune.core.plan import NameLink, Plan, Which
+from slimtune.core.state import BARE, State, state_of, unwrap
+
+
+def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = None) -> None:
+    """Fold adapters into the base's weights; a plain call of the model then includes them, once.
+
+    Args:
+        which: a name, a list (stack) or a mapping (weighted sum); default: what is in use now.
+        out: instead of changing the model, write a merged plain checkpoint to this folder, tensor by tensor.
+
+    Raises:
+        CapabilityError: an op has no exact form on the weight; nothing has changed then.
+        MergeError: something is merged already.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    plan = state.current() if which is None else Plan.of(which)
+    state.check(plan)
+    if plan.size is not None:
+        raise MergeError("a plan that differs by row cannot be merged", hint="name the adapter: st.merge(model, 'name')")
+    if not plan.names:
+        raise MergeError("there is nothing to merge: no adapter is in use", hint=f"st.merge(model, name); attached: {', '.join(state.adapters)}")
+    if state.in_block():
+        raise MergeError("a `with st.use(...)` block is open", hint="merge outside of it")
+    if state.merged:
+        raise MergeError("an adapter is merged already", hint="st.unmerge(model) first, or merge a stack at once: st.merge(model, ['a', 'b'])")
+    links = plan.segments[0][1]
+    check_affine(model, state, links)
+    if out is not None:
+        from slimtune.algebra.merge_to_disk import merge_to_disk
+
+        merge_to_disk(model, links, Path(out))
+        return
+    undo: list[Callable[[], None]] = []
+    try:
+        for module, param, chain in merged_sites(model, links):
+            weight, bias = merged_values(module, param, chain)
+            undo.append(module.slim.kind.write(module, param, weight, bias))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    state.merged = undo
+    state.merged_plan = plan
+    state.settle(BARE)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give the base its very bits back and put the adapters that were merged into use again.
+
+    Raises:
+        MergeError: nothing is merged.
+    """
+    state = state_of(unwrap(model))
+    if not state.merged:
+        raise MergeError("nothing is merged", hint="st.merge(model, name) comes first")
+    for step in reversed(state.merged):
+        step()
+    plan = state.merged_plan
+    state.merged, state.merged_plan = [], None
+    assert plan is not None
+    state.settle(plan)
+
+
+def check_affine(model: nn.Module, state: State, links: list[NameLink]) -> None:
+    """Raise unless every op of the links has an exact form on the weights.
+
+    Raises:
+        CapabilityError: naming the method, the first site and the reason.
+    """
+    for name in {n for link in links for n, _ in link}:
+        adapter = state.adapter(name)
+        for (path, _), op in adapter.ops.items():
+            if not affine(op):
+                raise CapabilityError(
+                    f"{name!r} cannot be merged: {type(op).__name__} is no affine map of its input, so no weight equals it",
+                    where=f"{path} (method {adapter.spec.method})",
+                    hint="keep it unmerged; st.methods() shows which methods merge",
+                )
+
+
+def merged_sites(model: nn.Module, links: list[NameLink]) -> list[tuple[nn.Module, str, Chain]]:
+    """Return (module, param, chain) of every weight that the links change."""
+    found = []
+    for _, module in model.named_modules():
+        slot = module._modules.get("slim")
+        if isinstance(slot, Slot):
+            for param in slot.kind.names(module):
+                chain = slot.chain(links, param)
+                if chain:
+                    found.append((module, param, chain))
+    return found
+
+
+def merged_values(module: nn.Module, param: str, chain: Chain) -> tuple[Tensor | None, Tensor | None]:
+    """Return the merged (weight, bias) of one site in canonical shape, None where a value does not change."""
+    slot: Slot = module._modules["slim"]  # type: ignore[assignment]
+    kind = slot.kind
+    with torch.no_grad():
+        W = kind.read(module, param)
+        work = W.dtype if W.dtype == torch.float64 else torch.float32
+        weight = W.to(work)
+        old_bias = kind.bias(module, param)
+        bias = None if old_bias is None else old_bias.to(work)
+        touched = {"weight": False, "bias": False}
+        for link in chain:
+            if len(link) > 1 or link[0][1] is not None:
+                for op, _ in link:
+                    if hasattr(op, "turn"):
+                        raise no_sum(op, module)
+            w0, b0 = weight, bias
+            for op, w in link:
+                if hasattr(op, "weight"):
+                    new = op.weight(w0)
+                    weight = new if w is None else weight + w.to(work) * (new - w0)
+                    touched["weight"] = True
+                if hasattr(op, "bias"):
+                    b = op.bias(b0)
+                    if b is not None and w is not None:
+                        zero = torch.zeros_like(b) if b0 is None else b0
+                        b = (zero if bias is None else bias) + w.to(work) * (b - zero)
+                    if b is not None:
+                        bias = b
+                        touched["bias"] = True
+    return (weight if touched["weight"] else None), (bias if touched["bias"] else None)
+
+
+def lifted(model: nn.Module) -> Callable[[], None]:
+    """Take the merged values out for a while (pointer swaps only); the function returned puts them back."""
+    exchanges = list(state_of(model).merged)
+
+    def exchange() -> None:
+        for step in exchanges:
+            step()
+
+    exchange()
+    return exchange

@@ -1,0 +1,306 @@
+"""The public verbs on live models: attach, detach, use, disabled, trainable, report, param_groups, keep_plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtune.core.errors import MergeError, NameInUse, SiteError, SpecError
+from slimtune.core.host import KeepPlan, Rooted, generalise, host, specialise, unhost, wrap_checkpoints
+from slimtune.core.op import Op
+from slimtune.core.plan import Plan, Which
+from slimtune.core.report import Report, make_report
+from slimtune.core.spec import Spec
+from slimtune.core.state import Adapter, State, state_of, unwrap
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` can name an adapter (it becomes part of module and file names).
+
+    Raises:
+        NameInUse: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
+        raise NameInUse(f"{name!r} cannot name an adapter", hint="letters, digits, _ and -, at most 100 of them, not starting with -")
+
+
+def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.dtype | None = None) -> Report:
+    """Add a new adapter to a model: active and trainable, with every other parameter frozen.
+
+    Args:
+        model: any nn.Module; its class changes to a hidden subclass, its parameters and names do not move.
+        spec: the recipe, such as `LoRA(r=16)`.
+        name: the adapter's name on this model.
+        dtype: of the adapter's parameters; default: float32 for a half-precision or quantised base, else the base's own.
+
+    Returns:
+        A report of what matched, what did not, and what it costs.
+
+    Raises:
+        NameInUse, SpecError, TargetError, SiteError: before anything is changed.
+
+    Example:
+        >>> import slimtune as st, torch
+        >>> report = st.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), st.LoRA(r=2))
+        >>> report.trainable
+        32
+    """
+    model = unwrap(model)
+    adapter = build(model, spec, name, dtype)
+    state: State = model.__dict__["slim_state"]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for other in state.adapters.values():
+        other.live = other is adapter
+    for p in adapter.parameters():
+        p.requires_grad_(True)
+    state.settle(Plan.of(name))
+    return make_report(model, state, adapter)
+
+
+def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, blank: bool = False) -> Adapter:
+    """Build the ops of a new adapter and put them into the model, idle and frozen; `load` fills them with a file's tensors.
+
+    Args:
+        blank: the tensors will be overwritten: skip initialisers that read the base or draw random numbers.
+    """
+    model = unwrap(model)
+    check_name(name)
+    if not isinstance(spec, Spec):
+        raise SpecError(f"attach needs a spec, not {type(spec).__name__}", hint="st.attach(model, st.LoRA(r=16))")
+    spec.validate()
+    state: State | None = model.__dict__.get("slim_state")
+    if state is None:
+        inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
+        if inside is not None:
+            raise SiteError(f"a part of this model carries adapters already: {inside}", hint="attach to the same object every time")
+    elif name in state.adapters:
+        raise NameInUse(f"an adapter is called {name!r} already", hint=f"choose another name, or st.detach(model, {name!r}) first")
+    elif state.merged:
+        raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
+    sites = spec.sites(model)
+    specs: list[tuple[Spec, Any]] = [(spec, site) for site in sites]
+    if spec.train_modules:
+        from slimtune.methods.dense import Dense
+
+        full = Dense(targets=spec.train_modules)
+        specs += [(full, site) for site in full.sites(model)]
+    for owner, site in specs:
+        problem = site.kind.problem(site.module)
+        if problem:
+            raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
+    wrong = [f"{site}: {p}" for owner, site in specs for p in owner.check(site)]
+    if wrong:
+        raise SpecError(f"{type(spec).__name__} does not fit: " + "; ".join(wrong[:8]), where=f"{len(wrong)} problem(s)")
+    shared: dict[str, Any] = {}
+    built = [(site, owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
+    if state is None:
+        state = State()
+        model.slim_state = state  # type: ignore[assignment]
+        specialise(model, Rooted)
+        wrap_checkpoints(model, state)
+    adapter = Adapter(name, spec, trainable=True)
+    for site, op in built:
+        slot = host(site.module, state, site.kind, site.path)
+        key = site.param if site.port == "weight" else site.port
+        while (site.path, key) in adapter.ops:
+            key += "+"
+        op.train(site.module.training)
+        slot.put(name, key, op)
+        adapter.ops[(site.path, key)] = op
+    _no_fast_path(model)
+    state.adapters[name] = adapter
+    return adapter
+
+
+def _no_fast_path(model: nn.Module) -> None:
+    """torch's fused encoder layer reads weights without calling the layers that carry ops: send it the slow way."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # what torch sets for activations its fast path does not know
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove an adapter; with the last one gone the model has its very first classes again.
+
+    Raises:
+        NoSuchAdapter: no adapter has this name.
+        MergeError: it is merged now.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    adapter = state.adapter(name)
+    if state.merged and state.merged_plan is not None and name in state.merged_plan.names:
+        raise MergeError(f"{name!r} is merged into the weights now", hint="st.unmerge(model) first")
+    for path in dict.fromkeys(path for path, _ in adapter.ops):
+        module = model.get_submodule(path)
+        module._modules["slim"].drop(name)  # type: ignore[union-attr, operator]
+        unhost(module)
+    del state.adapters[name]
+    if name in state.default.names:
+        state.settle(Plan.of(None))
+    if not state.adapters:
+        generalise(model, Rooted)
+        del model.__dict__["slim_state"]
+        for module in model.modules():
+            func = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(func, KeepPlan):
+                module._gradient_checkpointing_func = func.func
+
+
+class Use:
+    """What `use` returns: nothing to do to keep its effect; in a `with` statement the effect ends with the block."""
+
+    def __init__(self, state: State, plan: Plan, before: dict[str, bool]) -> None:
+        self._state, self._plan, self._before = state, plan, before
+        self._leave: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Use:
+        self._state.withdraw(self)
+        for name, live in self._before.items():
+            if name in self._state.adapters:
+                self._state.adapters[name].set_live(live)
+        self._before = {}
+        self._leave.append(self._state.enter(self._plan))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave.pop()()
+
+
+def use(model: nn.Module, which: Which = None, *, rows: Sequence[Which] | None = None) -> Use:
+    """Say which adapters act: from now on, or, as a context manager, inside the block only.
+
+    Args:
+        model: a model with adapters.
+        which: a name; a list (a stack: the first acts first); a mapping name -> weight (a weighted sum); None (the bare base).
+        rows: instead of `which`: one such entry for each row of the batch.
+
+    A call outside `with` also makes the named adapters trainable (unless loaded with trainable=False) and freezes the others. Inside
+    `with`, gradients stay as `trainable` or the last plain `use` left them, so that threads do not disturb each other.
+
+    Raises:
+        NoSuchAdapter, PlanError: unknown names, or a plan that cannot be read.
+        MergeError: something is merged into the weights.
+
+    Example:
+        >>> with st.use(model, rows=["support", None, {"a": 0.7, "b": 0.3}]):  # doctest: +SKIP
+        ...     model(**batch_of_three)
+    """
+    state = state_of(model)
+    plan = Plan.of(which) if rows is None else Plan.of_rows(rows)
+    if rows is not None and which is not None:
+        raise SpecError("use takes either one plan or rows=, not both", hint='st.use(model, rows=["a", None])')
+    state.check(plan)
+    if state.merged:
+        raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
+    before = {}
+    for name, adapter in state.adapters.items():
+        live = name in plan.names and adapter.trainable
+        if live != adapter.live:
+            before[name] = adapter.live
+            adapter.set_live(live)
+    handle = Use(state, plan, before)
+    state.set_default(plan, handle)
+    return handle
+
+
+class disabled:
+    """Context manager: the bare base, also when something is merged; afterwards everything is as before.
+
+    Example:
+        >>> with st.disabled(model):  # doctest: +SKIP
+        ...     reference = model(**batch).logits
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._state = state_of(model)
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> disabled:
+        if self._state.merged:
+            from slimtune.algebra.merge import lifted
+
+            self._undo.append(lifted(self._model))
+        self._undo.append(self._state.enter(Plan.of(None)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def trainable(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Make just these adapters trainable, whichever act now (to train several in one mixed batch).
+
+    Raises:
+        NoSuchAdapter: a name is unknown.
+    """
+    state = state_of(model)
+    wanted = {names} if isinstance(names, str) else set(names)
+    for name in wanted:
+        state.adapter(name).trainable = True
+    for name, adapter in state.adapters.items():
+        adapter.set_live(name in wanted)
+
+
+def report(model: nn.Module, name: str | None = None) -> Report:
+    """Return the report of an adapter (default: the one in use, else the newest).
+
+    Raises:
+        NoSuchAdapter, SiteError: no such adapter; nothing attached.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    if name is None:
+        active = [n for n in state.adapters if n in state.current().names]
+        name = active[0] if active else list(state.adapters)[-1]
+    return make_report(model, state, state.adapter(name))
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, up_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return optimiser groups of every trainable parameter, by role.
+
+    Args:
+        lr: learning rate.
+        up_ratio: learning rate of "up" factors (LoRA's B) over `lr`; 16 is LoRA+ (arXiv 2402.12354).
+        weight_decay: of "down", "up", "core" and "dense" tensors; gains and biases get none.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[int] = set()
+    for adapter in state_of(model).adapters.values():
+        for op in adapter.ops.values():
+            for role, p in roles_of(op):
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    rate = lr * up_ratio if role == "up" else lr
+                    decay = 0.0 if role in {"bias", "gain"} else weight_decay
+                    groups.setdefault((rate, decay), []).append(p)
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def roles_of(op: Op) -> list[tuple[str, nn.Parameter]]:
+    """Return (role, parameter) of every parameter of an op; one without a declared role counts as "core"."""
+    by_id = {id(t): op.roles[name] for name, t in op.tensors()}
+    return [(by_id.get(id(p), "core"), p) for p in op.parameters()]
+
+
+def keep_plan(model: nn.Module, checkpoint: Callable[..., Any] = torch.utils.checkpoint.checkpoint) -> Callable[..., Any]:
+    """Return a checkpoint function that recomputes under the plan of the first run, for hand-written checkpointing.
+
+    `model.gradient_checkpointing_enable()` of transformers needs no such call.
+
+    Example:
+        >>> checkpoint = st.keep_plan(model)  # doctest: +SKIP
+        >>> y = checkpoint(block, x, use_reentrant=False)  # doctest: +SKIP
+    """
+    return KeepPlan(state_of(model), checkpoint)

@@ -1,0 +1,127 @@
+"""The one fold: y = base(x), then each op of the chain over y. Every feature of every method runs through these functions.
+
+A chain is a stack of links, innermost first; a link is a weighted sum of ops. In weight terms a link maps W to
+W + sum_i w_i (T_i(W) - W), and links compose, so the fold below equals the merged weight for every affine op. An op that
+changes the module's input (`enter`) multiplies W from the right: it acts on what the links before it see, not on those after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.errors import CapabilityError
+from slimtune.core.op import Op
+
+Link: TypeAlias = list[tuple[Op, Tensor | None]]
+Chain: TypeAlias = list[Link]
+Part: TypeAlias = tuple[slice | Tensor, Chain]
+
+
+def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Tensor]:
+    """Return the input each link sees, and the input the base sees."""
+    seen: list[Tensor] = []
+    for link in reversed(chain):
+        seen.append(x)
+        changed = x
+        for op, w in link:
+            if hasattr(op, "enter"):
+                entered = op.enter(x, host)
+                changed = entered if w is None else changed + w * (entered - x)
+        x = changed
+    seen.reverse()
+    return seen, x
+
+
+def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Tensor:
+    """Fold the links over the base's output y."""
+    for x, link in zip(seen, chain, strict=True):
+        if len(link) == 1 and link[0][1] is None:
+            op = link[0][0]
+            if hasattr(op, "turn"):
+                y = op.turn(x, y, host)
+            elif hasattr(op, "run"):
+                y = op.add(x, y, host, None)
+        else:
+            y0 = y
+            for op, w in link:
+                if hasattr(op, "turn"):
+                    raise no_sum(op, host)
+                if hasattr(op, "delta"):
+                    y = op.add(x, y, host, w)  # does not read y, so the fused form may accumulate
+                elif hasattr(op, "run"):
+                    y = y + (w * op.run(x, y0, host)).to(y.dtype)
+    return y
+
+
+def no_sum(op: Op, host: nn.Module) -> CapabilityError:
+    return CapabilityError(
+        f"{type(op).__name__} transforms the weight it finds, so a weighted sum of it with others is not defined",
+        where=host.slim.path,
+        hint="use it alone, in a stack (a list of names), or convert it to a LoRA first: st.convert(model, name, to=st.LoRA(r=...))",
+    )
+
+
+def fold(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain) -> Any:
+    """Run the whole batch through one chain."""
+    seen, entered = entering(host, x, chain)
+    out = base(entered)
+    if isinstance(out, Tensor):
+        return leaving(host, seen, out, chain)
+    return replace_first(out, leaving(host, seen, first_tensor(out), chain))
+
+
+def fold_rows(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, parts: list[Part], dim: int) -> Any:
+    """Run each part of the rows through its own chain; the base runs once for all of them."""
+    prepared = []
+    changed = x
+    for rows, chain in parts:
+        xs = take(x, rows, dim)
+        seen, entered = entering(host, xs, chain)
+        if entered is not xs:
+            changed = put(changed, rows, entered, dim)
+        prepared.append((rows, seen, chain))
+    out = base(changed)
+    y = first_tensor(out)
+    for rows, seen, chain in prepared:
+        y = put(y, rows, leaving(host, seen, take(y, rows, dim), chain), dim)
+    return y if isinstance(out, Tensor) else replace_first(out, y)
+
+
+def take(t: Tensor, rows: slice | Tensor, dim: int) -> Tensor:
+    if isinstance(rows, slice):
+        return t.narrow(dim, rows.start, rows.stop - rows.start)
+    return t.index_select(dim, rows)
+
+
+def put(t: Tensor, rows: slice | Tensor, values: Tensor, dim: int) -> Tensor:
+    """Return t with `rows` replaced: a new tensor, since a base may have saved its output for backward."""
+    values = values.to(t.dtype)
+    if isinstance(rows, slice):
+        return torch.slice_scatter(t, values, dim, rows.start, rows.stop)
+    return t.index_copy(dim, rows, values)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Return the main tensor of a module's output (a tensor, a tuple that starts with one, or a ModelOutput)."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, (tuple, list)):
+        return out[0]
+    return next(iter(out.values()))
+
+
+def replace_first(out: Any, y: Tensor) -> Any:
+    """Return `out` with its main tensor replaced."""
+    if isinstance(out, Tensor):
+        return y
+    if isinstance(out, tuple) and hasattr(out, "_replace"):
+        return out._replace(**{out._fields[0]: y})
+    if isinstance(out, (tuple, list)):
+        return type(out)((y, *out[1:]))
+    key = next(iter(out.keys()))
+    out[key] = y
+    return out

@@ -1,0 +1,222 @@
+"""Host: a module that carries ops, by changing its class to a subclass made on the fly.
+
+`module.__class__ = hosted(type(module), ...)`: names, isinstance checks and state-dict keys do not move, and any quantised layer
+works since its own forward is what runs. The classes are rebuilt on unpickling, so pickle and deepcopy work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.kind import Kind
+from slimtune.core.op import Op
+from slimtune.core.plan import NameLink
+from slimtune.core.state import State
+
+
+class Slot(nn.Module):
+    """Where a hosted module keeps its ops: adapter name -> key -> op. It never shows in a state dict of the base."""
+
+    def __init__(self, state: State, kind: Kind, path: str) -> None:
+        super().__init__()
+        self.state, self.kind, self.path = state, kind, path
+
+    def put(self, name: str, key: str, op: Op) -> None:
+        """Keep `op` for an adapter; `key` is a weight's name or a port."""
+        if name not in self._modules:
+            self._modules[name] = Ops()
+        self._modules[name]._modules[key] = op  # type: ignore[union-attr]
+
+    def drop(self, name: str) -> None:
+        self._modules.pop(name, None)
+
+    def ops(self, name: str) -> list[Op]:
+        """Return the ops of an adapter here, in the order they were attached."""
+        held = self._modules.get(name)
+        return list(held._modules.values()) if held is not None else []  # type: ignore[arg-type]
+
+    def chain(self, links: list[NameLink], param: str | None = None) -> list[list[tuple[Op, Tensor | None]]]:
+        """Return the chain of ops that `links` means here (of one weight, if `param` is given)."""
+        chain: list[list[tuple[Op, Tensor | None]]] = []
+        for link in links:
+            if len(link) == 1 and link[0][1] is None:
+                chain += [[(op, None)] for op in self.ops(link[0][0]) if param is None or op.param == param]
+            else:
+                found = [(op, w) for name, w in link for op in self.ops(name) if param is None or op.param == param]
+                if found:
+                    chain.append(found)
+        return chain
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return nothing: adapters are saved by `st.save`, the base stays clean."""
+        return destination if destination is not None else {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+class Ops(nn.Module):
+    """The ops of one adapter in one slot."""
+
+
+class Hosted:
+    """Mixin of every module that carries ops."""
+
+    slim: Slot
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.slim.state.current()
+        base = super().forward  # type: ignore[misc]
+        for name in plan.names:
+            if name in self.slim._modules:
+                return self.slim.kind.forward(self, base, plan, args, kwargs)  # type: ignore[arg-type]
+        return base(*args, **kwargs)
+
+
+class Rooted:
+    """Mixin of the model itself: what must happen once per model, not per layer."""
+
+    slim_state: State
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the plan's rows repeated for beams and returned sequences."""
+        plan = self.slim_state.current()
+        leave = self.slim_state.enter(plan.expanded()) if plan.size is not None else None
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if leave is not None:
+                leave()
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+        wrap_checkpoints(self, self.slim_state)  # type: ignore[arg-type]
+
+
+def wrap_checkpoints(model: nn.Module, state: State) -> None:
+    """Make the checkpoint functions that transformers keeps on its blocks keep the plan as well."""
+    for module in model.modules():
+        func = module.__dict__.get("_gradient_checkpointing_func")
+        if func is not None and not isinstance(func, KeepPlan):
+            module._gradient_checkpointing_func = KeepPlan(state, func)
+
+
+class KeepPlan:
+    """A checkpoint function that runs the recomputation under the plan of the first run (see `st.keep_plan`)."""
+
+    def __init__(self, state: State, func: Callable[..., Any]) -> None:
+        self.state, self.func = state, func
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if torch.compiler.is_compiling():
+            return self.func(fn, *args, **kwargs)
+        plan = state.current()
+
+        def planned(*inner: Any, **kw: Any) -> Any:
+            leave = state.enter(plan)
+            try:
+                return fn(*inner, **kw)
+            finally:
+                leave()
+
+        if self._reentrant(kwargs) and torch.is_grad_enabled():
+            # The reentrant kind drops gradients silently when no input asks for one, as behind a frozen embedding.
+            floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+            if floats and not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                first = floats[0]
+                args = (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
+        return self.func(planned, *args, **kwargs)
+
+    def _reentrant(self, kwargs: dict[str, Any]) -> bool:
+        own = self.func.keywords if isinstance(self.func, functools.partial) else {}
+        return bool({**own, **kwargs}.get("use_reentrant", False))
+
+
+# ---- classes made on the fly --------------------------------------------------------------------------------------
+_CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
+
+
+def hosted(base: type, mixins: tuple[type, ...]) -> type:
+    """Return the subclass of `base` with `mixins` in front, made once."""
+    key = (base, mixins)
+    if key not in _CLASSES:
+        body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        body |= {"slim_base": base, "slim_mixins": mixins, "__reduce_ex__": _reduce_ex}
+        _CLASSES[key] = type(base.__name__, (*mixins, base), body)
+    return _CLASSES[key]
+
+
+def specialise(module: nn.Module, mixin: type) -> None:
+    """Add a mixin to the class of one module."""
+    base, mixins = type(module), ()
+    if "slim_mixins" in base.__dict__:
+        base, mixins = base.slim_base, base.slim_mixins  # type: ignore[attr-defined]
+    if mixin in mixins:
+        return
+    wanted = tuple(sorted((*mixins, mixin), key=lambda m: m.__name__, reverse=True))  # Rooted in front of Hosted
+    if mixin is Rooted and not (hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")):
+        return
+    module.__class__ = hosted(base, wanted)
+
+
+def generalise(module: nn.Module, mixin: type) -> None:
+    """Take a mixin away again; without any left the module has its very first class."""
+    cls = type(module)
+    if "slim_mixins" not in cls.__dict__:
+        return
+    left = tuple(m for m in cls.slim_mixins if m is not mixin)  # type: ignore[attr-defined]
+    base = cls.slim_base  # type: ignore[attr-defined]
+    module.__class__ = hosted(base, left) if left else base
+
+
+def base_class(module: nn.Module) -> type:
+    """Return the class a module had before anything was attached."""
+    cls = type(module)
+    return cls.slim_base if "slim_mixins" in cls.__dict__ else cls  # type: ignore[attr-defined]
+
+
+def _blank(base: type, mixins: tuple[type, ...]) -> nn.Module:
+    cls = hosted(base, mixins)
+    return cls.__new__(cls)
+
+
+def _reduce_ex(self: nn.Module, protocol: int) -> Any:
+    cls = type(self)
+    reduced = object.__reduce_ex__(self, 2)
+    state = reduced[2] if len(reduced) > 2 else self.__dict__
+    return _blank, (cls.slim_base, cls.slim_mixins), state  # type: ignore[attr-defined]
+
+
+def host(module: nn.Module, state: State, kind: Kind, path: str) -> Slot:
+    """Make a module a host and return its slot."""
+    if "slim" not in module._modules:
+        module.add_module("slim", Slot(state, kind, path))
+        module.register_load_state_dict_post_hook(_forgive)
+        specialise(module, Hosted)
+    return module._modules["slim"]  # type: ignore[return-value]
+
+
+def unhost(module: nn.Module) -> None:
+    """Give a module back its class once its slot is empty."""
+    slot = module._modules.get("slim")
+    if isinstance(slot, Slot) and not slot._modules:
+        del module._modules["slim"]
+        for key, hook in list(module._load_state_dict_post_hooks.items()):
+            if hook is _forgive:
+                del module._load_state_dict_post_hooks[key]
+        generalise(module, Hosted)
+
+
+def _forgive(module: nn.Module, incompatible: Any) -> None:
+    """Loading a state dict into the base does not concern its adapters."""
+    mine = ".slim."
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if mine not in f".{k}"]

@@ -1,0 +1,142 @@
+"""Kind: how one class of module takes part in adaptation (the affine map it computes, and how a forward of it is folded).
+
+A kind is stateless and knows one module class: how to read its weight densely, write a merged one, and apply a weight or
+a low-rank pair to its input. Methods never look at module classes, kinds never look at methods: m + k files, not m x k.
+
+Canonical weight shapes: linear [b, a], convolution [b, a/groups, *k], embedding [num, dim], experts [E, b, a].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.fold import Chain, fold, fold_rows
+from slimtune.core.plan import Plan
+
+
+class Kind:
+    """Base of every kind; subclasses implement the maps their modules have.
+
+    Attributes:
+        name: word used in reports and errors.
+        ports: which of "weight", "input", "output" ops may sit here.
+        params: names of the adaptable weights of one module, in order.
+        takes_bias: whether a bias [b] can be given to a module that has none.
+        channels_last: whether the b outputs are the last dimension of the output.
+    """
+
+    name: ClassVar[str] = "module"
+    ports: ClassVar[tuple[str, ...]] = ("output",)
+    params: ClassVar[tuple[str, ...]] = ()
+    takes_bias: ClassVar[bool] = False
+    channels_last: ClassVar[bool] = True
+
+    # ---- what the module is -------------------------------------------------------------------------------------
+    def fits(self, module: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def problem(self, module: nn.Module) -> str:
+        """Return why this very module cannot be adapted, or an empty string."""
+        return ""
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the adaptable weights that `module` really has."""
+        return self.params
+
+    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
+        """Return the canonical shape of a weight."""
+        raise NotImplementedError
+
+    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
+        """Return (inputs a, outputs b) of the map, as seen on the last dimension of its input and output."""
+        shape = self.shape(module, param)
+        return shape[1], shape[0]
+
+    def bias(self, module: nn.Module, param: str) -> Tensor | None:
+        """Return the bias [b] that belongs to a weight, or None."""
+        bias = module._parameters.get("bias")
+        return bias if isinstance(bias, Tensor) else None
+
+    # ---- the affine map -----------------------------------------------------------------------------------------
+    def read(self, module: nn.Module, param: str) -> Tensor:
+        """Return the dense weight in canonical shape (a view where possible, dequantised where not)."""
+        raise NotImplementedError
+
+    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+        """Install merged values (None = unchanged); what is returned exchanges the very old objects and the new at each call."""
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
+        """Apply a canonical `weight` to `x` as the module would, without bias."""
+        raise NotImplementedError
+
+    def along_output(self, v: Tensor, y: Tensor) -> Tensor:
+        """Return a vector [b] shaped so that it broadcasts over the module's output y."""
+        return v
+
+    # ---- low rank -----------------------------------------------------------------------------------------------
+    def factor_shapes(self, module: nn.Module, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A (down) and B (up) of a rank-r delta."""
+        shape = self.shape(module, param)
+        return (r, shape[1]), (shape[0], r)
+
+    def rank_problems(self, module: nn.Module, param: str, r: int) -> list[str]:
+        """Return what is wrong with a rank here."""
+        return []
+
+    def compose(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the dense delta of the pair in canonical shape."""
+        return B @ A  # [b, r] @ [r, a] -> [b, a]
+
+    def factorise(self, delta: Tensor, r: int, host: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+        """Return (A, B) whose composition is the best rank-r approximation of a canonical delta."""
+        U, S, V = torch.linalg.svd(delta.reshape(delta.shape[0], -1), full_matrices=False)
+        root = S[:r].sqrt()
+        return root[:, None] * V[:r], U[:, :r] * root
+
+    def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
+        """Apply A to the module's input: x [n, a] -> h [n, r]."""
+        raise NotImplementedError
+
+    def up(self, h: Tensor, B: Tensor, host: nn.Module) -> Tensor:
+        """Apply B: h [n, r] -> [n, b]."""
+        raise NotImplementedError
+
+    # ---- the forward --------------------------------------------------------------------------------------------
+    def row_dim(self, module: nn.Module) -> int:
+        return 0
+
+    def forward(
+        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run `base` and fold the plan's ops over it; the default serves every one-tensor-in, one-tensor-out module."""
+        x, rest, kw = split_input(args, kwargs)
+        uniform = plan.uniform(host.slim)
+        if uniform is not None:
+            return fold(host, lambda v: join(base, v, rest, kw), x, uniform)
+        parts = plan.split(host.slim, x.shape[self.row_dim(host)], x.device, host)
+        return fold_rows(host, lambda v: join(base, v, rest, kw), x, parts, self.row_dim(host))
+
+
+def split_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Take the module's main input tensor out of its arguments: the first positional one, else the first keyword tensor."""
+    if args:
+        return args[0], args[1:], kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, (key,), {k: v for k, v in kwargs.items() if k != key}
+    raise TypeError("an adapted module was called without a tensor")
+
+
+def join(base: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call `base` with the main input put back where `split_input` found it."""
+    if len(rest) == 1 and isinstance(rest[0], str):
+        return base(**{rest[0]: x}, **kwargs)
+    return base(x, *rest, **kwargs)
+
+
+__all__ = ["Chain", "Kind", "join", "split_input"]

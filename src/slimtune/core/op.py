@@ -1,0 +1,84 @@
+"""Op: what is done at one site. A small module; what it can do is what methods it has.
+
+    run(x, y, host) -> d       contribution: the module's output becomes y + d; may be weighted and summed
+    turn(x, y, host) -> y'     replacement: order matters, so it may be stacked but not summed
+    enter(x, host) -> x'       changes the module's input
+    weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
+    bias(b | None) -> b'       exact form on the bias
+    rows(...)                  virtual tokens or keys/values to prepend (stream and attention ports)
+
+Tensors of an op are either trained (nn.Parameter) or carried (buffers); `roles` says what each trained one is, so that optimisers,
+files and other libraries' names are derived from it and never from a substring of a parameter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from slimtune.core.site import Site
+
+
+class Op(nn.Module):
+    """Base of every op.
+
+    Attributes:
+        kind, param, shape: of the site: its module kind, the weight's name and canonical shape.
+        roles: tensor name -> "down" | "up" | "gain" | "bias" | "core" | "dense"; the tensors of an adapter file.
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.kind, self.port, self.param, self.shape = site.kind, site.port, site.param, site.shape
+
+    def add(self, x: Tensor, y: Tensor, host: nn.Module, w: Tensor | None) -> Tensor:
+        """Return y + w * run(x, y, host); ops with a fused form override this."""
+        d = self.run(x, y, host)  # type: ignore[operator]
+        return y + d.to(y.dtype) if w is None else y + (w * d).to(y.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the (role name, tensor) pairs that make up this op's state in a file."""
+        for name in self.roles:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+    def reset_from(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of a file (checked by the caller for names and shapes)."""
+        with torch.no_grad():
+            for name, value in tensors.items():
+                getattr(self, name).copy_(value)
+
+    def settings(self) -> dict[str, Any]:
+        """Return per-site facts, beyond tensors, that a file must keep (rank, scale, ...)."""
+        return {}
+
+
+class Additive(Op):
+    """An op whose effect on the weight is W + delta()."""
+
+    def delta(self) -> Tensor:
+        """Return the dense delta in canonical shape."""
+        raise NotImplementedError
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.delta().to(device=W.device, dtype=W.dtype)
+
+    def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        return self.kind.apply(x, self.delta(), host)
+
+
+def affine(op: Op) -> bool:
+    """Tell whether an op has an exact form on weight or bias, so that it can be merged."""
+    return hasattr(op, "weight") or hasattr(op, "bias")
+
+
+def cast(p: Tensor, like: Tensor) -> Tensor:
+    """Cast a parameter to the dtype of the data: parameters go down, activations never up."""
+    return p if p.dtype == like.dtype or not like.is_floating_point() else p.to(like.dtype)

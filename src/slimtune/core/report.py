@@ -1,0 +1,135 @@
+"""Report: what was adapted, what was not, and what it costs. `attach` returns one; `print` shows it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from slimtune.core.state import Adapter, State
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op: where it is and what it holds."""
+
+    path: str
+    module: str
+    port: str
+    param: str
+    shape: tuple[int, ...]
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one adapter covers.
+
+    Attributes:
+        name, method: of the adapter.
+        rows: one for each op.
+        left: class name and weight shape -> number of modules with a weight that this adapter does not touch.
+        trainable, total: parameters that train; all parameters of base and adapter.
+        bytes: of the adapter's own tensors.
+        base_bytes: of the base's parameters.
+        notes: remarks worth reading.
+    """
+
+    name: str
+    method: str
+    rows: list[Row]
+    left: dict[str, int]
+    trainable: int
+    total: int
+    bytes: int
+    base_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def percent(self) -> float:
+        """Trainable share of all parameters, in percent."""
+        return 100.0 * self.trainable / max(self.total, 1)
+
+    def groups(self) -> dict[str, list[Row]]:
+        """Return the rows grouped by the path with its block numbers taken out."""
+        out: dict[str, list[Row]] = {}
+        for row in self.rows:
+            key = ".".join("*" if part.isdigit() else part for part in row.path.split(".")) or "(the model)"
+            out.setdefault(key if row.param == "weight" else f"{key}.{row.param}", []).append(row)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as a JSON-ready dict."""
+        return {
+            "name": self.name, "method": self.method, "sites": len(self.rows), "trainable": self.trainable, "total": self.total,
+            "percent": self.percent, "bytes": self.bytes, "base_bytes": self.base_bytes, "left": self.left, "notes": self.notes,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapter {self.name!r} ({self.method}): {self.trainable:,} of {self.total:,} parameters train ({self.percent:.3f} %), "
+            f"{self.bytes / 2**20:.2f} MiB beside {self.base_bytes / 2**20:.1f} MiB"
+        ]
+        for key, rows in self.groups().items():
+            shape = "x".join(map(str, rows[0].shape))
+            lines.append(f"  {len(rows):4d} x {key:<48} {rows[0].module} {shape}  {sum(r.total for r in rows):,} parameters")
+        if self.left:
+            lines.append("  not adapted: " + ", ".join(f"{n} x {what}" for what, n in self.left.items()))
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+
+def make_report(model: nn.Module, state: State, adapter: Adapter) -> Report:
+    """Return the report of one adapter."""
+    from slimtune.core.targets import candidates, kind_of
+
+    rows, covered = [], set()
+    for (path, _), op in adapter.ops.items():
+        covered.add(path)
+        params = list(op.parameters())
+        rows.append(
+            Row(
+                path=path,
+                module=base_name(model.get_submodule(path)),
+                port=op.port,
+                param=op.param,
+                shape=op.shape,
+                trainable=sum(p.numel() for p in params if p.requires_grad),
+                total=sum(p.numel() for p in params),
+            )
+        )
+    left: dict[str, int] = {}
+    experts = False
+    for path, module in candidates(model).items():
+        kind = kind_of(module)
+        if path in covered or kind is None or not kind.params or not kind.names(module):
+            continue
+        experts = experts or kind.name == "experts"
+        key = f"{base_name(module)} {'x'.join(map(str, kind.shape(module, kind.names(module)[0])))}"
+        left[key] = left.get(key, 0) + 1
+    base = {id(p): p for n, p in model.named_parameters() if ".slim." not in f".{n}"}
+    notes = ['3-D expert weights are not adapted: add "experts" to targets'] if experts else []
+    own = {id(t): t for op in adapter.ops.values() for t in (*op.parameters(), *op.buffers())}
+    return Report(
+        name=adapter.name,
+        method=adapter.spec.method,
+        rows=rows,
+        left=left,
+        trainable=sum(r.trainable for r in rows),
+        total=sum(true_numel(p) for p in base.values()) + sum(r.total for r in rows),
+        bytes=sum(t.numel() * t.element_size() for t in own.values()),
+        base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
+        notes=notes,
+    )
+
+
+def base_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def true_numel(p: nn.Parameter) -> int:
+    """Return the number of weights a parameter stands for (a packed 4-bit one holds two in each byte)."""
+    state = getattr(p, "quant_state", None)
+    return math.prod(state.shape) if state is not None else p.numel()

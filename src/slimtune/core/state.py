@@ -1,0 +1,199 @@
+"""State: what one model knows of its adapters, and which plan is current.
+
+There is one default plan per model ("from now on") and, on top, plans of `with` blocks kept in a context variable: a block
+in one thread or task never shows in another. Under torch.compile, which cannot trace context variables, the plan entered last counts.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slimtune.core.errors import NoSuchAdapter, PlanError, SiteError, closest
+from slimtune.core.op import Op
+from slimtune.core.plan import Plan
+
+if TYPE_CHECKING:
+    from slimtune.core.spec import Spec
+
+BARE = Plan.of(None)
+_SCOPE: ContextVar[Mapping[Any, Plan]] = ContextVar("slimtune_plans", default=MappingProxyType({}))
+
+
+class Adapter:
+    """A named set of ops.
+
+    Attributes:
+        name: its name on this model.
+        spec: the recipe it was built from.
+        ops: (module path, key in the slot) -> op.
+        trainable: whether `use` may switch its gradients on.
+        meta: facts from the file it was loaded from.
+    """
+
+    def __init__(self, name: str, spec: Spec, trainable: bool) -> None:
+        self.name, self.spec, self.trainable = name, spec, trainable
+        self.ops: dict[tuple[str, str], Op] = {}
+        self.meta: dict[str, Any] = {}
+        self.live = True  # whether its parameters require gradients now
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for op in self.ops.values():
+            yield from op.parameters()
+
+    def set_live(self, live: bool) -> None:
+        """Switch the gradients of this adapter's parameters."""
+        if live != self.live:
+            self.live = live
+            for p in self.parameters():
+                p.requires_grad_(live)
+
+
+class State:
+    """Adapters and plans of one model."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.merged: list[Any] = []  # what unmerge undoes, newest last: see algebra.merge
+        self.merged_plan: Plan | None = None
+        self.latest = BARE  # what compiled code reads
+        self.scoped_grad = False  # a `with` block has run a forward that records gradients
+        self._defaults: list[tuple[Plan, Any]] = [(BARE, None)]
+        self._entered: list[Plan] = []
+        self._init_runtime()
+
+    def _init_runtime(self) -> None:
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
+        state["_defaults"], state["_entered"] = [(self.default, None)], []
+        state["latest"] = self.default
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
+
+    # ---- the current plan ---------------------------------------------------------------------------------------
+    @property
+    def default(self) -> Plan:
+        return self._defaults[-1][0]
+
+    def current(self) -> Plan:
+        """Return the plan in force here and now."""
+        if torch.compiler.is_compiling():
+            return self.latest
+        plan = _SCOPE.get().get(self)
+        if plan is not None:
+            self.scoped_grad = self.scoped_grad or torch.is_grad_enabled()
+            return plan
+        if self.scoped_grad and torch._C._current_graph_task_id() != -1:
+            # A checkpointed region is being recomputed outside of the block it was first run in.
+            raise PlanError(
+                "a checkpointed forward is recomputed outside its `with st.use(...)` block, so its plan is unknown",
+                hint="enable checkpointing with model.gradient_checkpointing_enable(), call st.keep_plan(model, torch.utils.checkpoint."
+                "checkpoint) in its place, or call backward inside the block",
+            )
+        return self.default
+
+    def set_default(self, plan: Plan, handle: Any) -> None:
+        """Make `plan` the default; `handle` may still turn it into a block."""
+        with self._lock:
+            # An entry whose handle is gone can no longer become a block: what lies below the newest such entry is unreachable.
+            settled = [i for i, (_, h) in enumerate(self._defaults) if h is None or h() is None]
+            self._defaults = self._defaults[settled[-1] if settled else 0 :]
+            self._defaults.append((plan, weakref.ref(handle)))
+            self._refresh()
+
+    def settle(self, plan: Plan) -> None:
+        """Make `plan` the default, for good."""
+        with self._lock:
+            self._defaults = [(plan, None)]
+            self._refresh()
+
+    def in_block(self) -> bool:
+        """Tell whether a `with` block of this model is open in this context."""
+        return self in _SCOPE.get()
+
+    def withdraw(self, handle: Any) -> None:
+        """Take back the default that `handle` set."""
+        with self._lock:
+            self._defaults = [(p, h) for p, h in self._defaults if h is None or h() is not handle] or [(BARE, None)]
+            self._refresh()
+
+    def enter(self, plan: Plan) -> Callable[[], None]:
+        """Put `plan` into force in this context; the function returned takes it back."""
+        token = _SCOPE.set({**_SCOPE.get(), self: plan})
+        with self._lock:
+            self._entered.append(plan)
+            self._refresh()
+
+        def leave() -> None:
+            _SCOPE.reset(token)
+            with self._lock:
+                for i in reversed(range(len(self._entered))):
+                    if self._entered[i] is plan:
+                        del self._entered[i]
+                        break
+                self._refresh()
+
+        return leave
+
+    def _refresh(self) -> None:
+        self.latest = self._entered[-1] if self._entered else self.default
+
+    # ---- adapters -----------------------------------------------------------------------------------------------
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter of this name.
+
+        Raises:
+            NoSuchAdapter: with the names there are.
+        """
+        if name not in self.adapters:
+            have = ", ".join(self.adapters) or "none"
+            raise NoSuchAdapter(
+                f"no adapter is called {name!r}", where=f"attached: {have}", hint=f"closest: {closest(name, self.adapters) or '-'}"
+            )
+        return self.adapters[name]
+
+    def check(self, plan: Plan) -> None:
+        """Raise unless every adapter of the plan exists."""
+        for name in plan.names:
+            self.adapter(name)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, torch.compile and the like."""
+    while True:
+        inner = model._modules.get("_orig_mod") or (model._modules.get("module") if _is_wrapper(model) else None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    return type(model).__name__ in {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+
+
+def state_of(model: nn.Module) -> State:
+    """Return the state of a model.
+
+    Raises:
+        SiteError: nothing is attached to it, or it was attached to a part or a parent of it.
+    """
+    model = unwrap(model)
+    state = model.__dict__.get("slim_state")
+    if state is None:
+        part = next((path for path, m in model.named_modules() if "slim_state" in m.__dict__), None)
+        if part is not None:
+            raise SiteError(f"the adapters sit on a part of this model: {part}", hint=f"pass that part: model.{part}")
+        raise SiteError(f"nothing is attached to this {type(model).__name__}", hint="st.attach(model, st.LoRA()) or st.load(model, dir)")
+    return state

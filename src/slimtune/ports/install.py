@@ -1,0 +1,37 @@
+"""Putting merged values into a module so that the very old objects can come back.
+
+New Parameter objects are installed beside the old ones, which are kept: unmerge restores the same bits, and a weight tied to another
+module is not changed for that other module.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Exchange:
+    """Holds the parameters that are not in place now; each call exchanges them with those that are."""
+
+    def __init__(self, module: nn.Module, aside: dict[str, nn.Parameter | None]) -> None:
+        self.module, self.aside = module, aside
+
+    def __call__(self) -> None:
+        for name, value in self.aside.items():
+            self.aside[name], self.module._parameters[name] = self.module._parameters.get(name), value
+
+
+def install(module: nn.Module, **values: Tensor | None) -> Exchange:
+    """Replace parameters of `module` (None = leave); calling the result puts the old objects back."""
+    new: dict[str, nn.Parameter | None] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, nn.Parameter):  # a quantised parameter made by its own library
+            new[name] = value
+            continue
+        before = module._parameters.get(name)
+        like = before if before is not None else next(iter(module.parameters(recurse=False)))
+        new[name] = nn.Parameter(value.detach().to(device=like.device, dtype=like.dtype), requires_grad=False)
+    exchange = Exchange(module, new)
+    exchange()
+    return exchange

@@ -1,0 +1,87 @@
+"""Linear maps: nn.Linear (and every quantised class that subclasses it) and transformers' Conv1D, whose weight is stored transposed.
+
+y = x W^T + bias, W [b, a], x [..., a].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimtune.core.kind import Kind
+from slimtune.ports.install import install
+
+
+class LinearKind(Kind):
+    """nn.Linear."""
+
+    name = "linear"
+    ports = ("weight", "input", "output")
+    params = ("weight",)
+    takes_bias = True
+
+    def fits(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
+        return (module.out_features, module.in_features)  # type: ignore[return-value]
+
+    def read(self, module: nn.Module, param: str) -> Tensor:
+        return module.weight  # type: ignore[return-value]
+
+    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+        return install(module, weight=weight, bias=bias)
+
+    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
+        return F.linear(x, weight.to(x.dtype))
+
+    def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
+        return F.linear(x, A)  # [n, a] @ [a, r] -> [n, r]
+
+    def up(self, h: Tensor, B: Tensor, host: nn.Module) -> Tensor:
+        return F.linear(h, B)  # [n, r] @ [r, b] -> [n, b]
+
+
+class Conv1DKind(LinearKind):
+    """transformers' Conv1D (GPT-2): a linear layer with weight [a, b]."""
+
+    def fits(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "Conv1D" and "nf" in module.__dict__
+
+    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
+        a, b = module.weight.shape  # type: ignore[union-attr, misc]
+        return (b, a)
+
+    def read(self, module: nn.Module, param: str) -> Tensor:
+        return module.weight.T  # type: ignore[union-attr, return-value]
+
+    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+        return super().write(module, param, None if weight is None else weight.T.contiguous(), bias)
+
+
+class BlockKind(Kind):
+    """Any module whose output starts with a tensor: a place for output ops only."""
+
+    name = "module"
+    ports = ("output",)
+
+    def fits(self, module: nn.Module) -> bool:
+        return True
+
+    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
+        """Return the widths of the first and last linear map inside."""
+        from slimtune.core.targets import kind_of
+
+        inner = [(kind_of(m), m) for m in module.modules()]
+        maps = [k.widths(m, k.names(m)[0]) for k, m in inner if k is not None and k.name == "linear"]
+        if not maps:
+            return 0, 0
+        return maps[0][0], maps[-1][1]
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return ()
+
+
+__all__ = ["BlockKind", "Conv1DKind", "LinearKind"]

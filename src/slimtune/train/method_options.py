@@ -1,0 +1,114 @@
+"""The method's own keys of a recipe, read from the registry: a new method's options work in recipes with no change here.
+
+An option is written under its own name (`r: 8`). Where a method's option has the name of one of the recipe's own keys,
+it is written with the prefix `method_` (`method_seed: 3`), which is allowed for every option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from slimtune.core.errors import SpecError, closest
+from slimtune.train.yaml_text import Entry
+
+if TYPE_CHECKING:
+    from slimtune.core.spec import Spec
+    from slimtune.train.recipe import Recipe
+
+FULL = "full"  # full fine-tuning of every weight: not a method, but what methods are compared with
+_PREFIX = "method_"
+
+
+def split_key(key: str) -> str:
+    """Return the option that a flat recipe key names."""
+    return key.removeprefix(_PREFIX)
+
+
+def written_as(option: str) -> str:
+    """Return the flat recipe key that names an option."""
+    from slimtune.train.recipe import Recipe
+
+    return _PREFIX + option if option in Recipe.model_fields else option
+
+
+def option_names(method: Any) -> list[str] | None:
+    """Return the options a method takes, or None if there is no such method."""
+    from slimtune.core.registry import methods
+
+    if method == FULL:
+        return []
+    found = methods().get(method) if isinstance(method, str) else None
+    return None if found is None else [f.name for f in dataclasses.fields(found)]
+
+
+def check_options(method: str, options: dict[str, Entry], place: str) -> list[str]:
+    """Return every problem of the method's name and options, each with its place in the recipe."""
+    from slimtune.core.registry import methods, spec_class
+    from slimtune.core.spec import Spec, type_problem
+
+    if method == FULL:
+        return []
+    if method not in methods():
+        names = [*methods(), FULL]
+        return [f"{place}: method: there is no {method!r}; did you mean `{closest(method, names, n=1)}`? Known: {', '.join(names)}"]
+    annotation = {f.name: str(f.type) for f in dataclasses.fields(spec_class(method))}
+    problems = []
+    for name, (value, where) in options.items():
+        if problem := type_problem(name, tuple(value) if isinstance(value, list) else value, annotation[name]):
+            problems.append(f"{where}: {problem}")
+    if not problems:
+        try:
+            Spec.from_dict({"method": method, **{name: entry.value for name, entry in options.items()}})
+        except SpecError as error:
+            for text in error.what.split("; "):
+                name = text.split(" ")[0].rstrip(":=")
+                problems.append(f"{options[name].place if name in options else place}: {text}")
+    return problems
+
+
+def build_spec(recipe: Recipe, task: str) -> Spec | None:
+    """Return the spec a recipe asks for, or None for full fine-tuning.
+
+    A classifier's head is new and random, so it is trained in full beside the op unless the recipe names `train_modules` itself.
+
+    Args:
+        recipe: a validated recipe.
+        task: "causal_lm" or "classification" (already decided, not "auto").
+    """
+    from slimtune.core.spec import Spec
+
+    if recipe.method == FULL:
+        return None
+    options = dict(recipe.options)
+    if task == "classification":
+        options.setdefault("train_modules", "head")
+    return Spec.from_dict({"method": recipe.method, **options})
+
+
+def schema_of_options() -> dict[str, Any]:
+    """Return JSON-schema properties for every option of every registered method (for editors)."""
+    from slimtune.core.registry import methods
+
+    json_types = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "None": "null"}
+    users: dict[str, list[str]] = {}
+    kinds: dict[str, set[str]] = {}
+    for name, cls in methods().items():
+        for field in dataclasses.fields(cls):
+            key = written_as(field.name)
+            users.setdefault(key, []).append(name)
+            for part in str(field.type).replace(" ", "").split("|"):
+                kinds.setdefault(key, set()).add(json_types.get(part, "array" if part.startswith("tuple") else "object"))
+    return {key: {"type": sorted(kinds[key]), "description": f"option of {', '.join(users[key])}"} for key in users}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file, for completion and checking in editors."""
+    from slimtune.train.recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    del schema["properties"]["options"]
+    for field in schema["properties"].values():
+        field.pop("section", None)
+    schema["properties"] |= schema_of_options()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "slimtune recipe"}

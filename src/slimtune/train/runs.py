@@ -1,0 +1,278 @@
+"""The run folder: everything one training run leaves behind, and how later commands find it again.
+
+    runs/NAME/
+      recipe.yaml        the recipe as it was run, every default filled in
+      environment.json   Python, platform, threads, versions
+      metrics.jsonl      one line per logged step
+      checkpoints/       step folders, each complete (written beside, then renamed)
+      adapter/           the result (or model/ after `method: full`)
+      results.json       everything the report shows
+      summary.json       the few figures a script wants
+      report.html        one self-contained page; figures/*.png are its pictures
+
+Every file is written to a temporary name and renamed, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimtune.core.errors import FileError, RecipeError
+from slimtune.version import __version__
+
+_CHECKPOINT = re.compile(r"^step-(\d+)$")
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "bitsandbytes")
+REPORT_FILES = ("results.json", "summary.json", "report.html")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old file or the new one, never half of it.
+
+    Args:
+        path: the file; its folder is created.
+        text: the whole content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, readable by people, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise FileError("this file is missing", where=str(path), hint="was the run stopped before its end? Try --resume") from e
+    except (ValueError, OSError) as e:
+        raise FileError(f"this file cannot be read: {e}", where=str(path), hint="run the training again, or --resume it") from e
+    if not isinstance(value, dict):
+        raise FileError("this file does not hold a JSON object", where=str(path))
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: Python, platform, threads, devices and package versions; no user names, no paths."""
+    import torch
+
+    versions = {"slimtune": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "devices": cuda or ["cpu"],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    if sys.platform.startswith("linux"):
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder (or of one file)."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run; it creates and checks nothing by itself."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """Where `method: full` leaves its weights."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first (an unfinished one still has its temporary name)."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [(int(m.group(1)), p) for p in self.checkpoints.iterdir() if p.is_dir() and (m := _CHECKPOINT.match(p.name))]
+        return [p for _, p in sorted(found)]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint."""
+        found = self.complete_checkpoints()
+        return found[-1] if found else None
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run left under temporary names."""
+        for folder in (self.path, self.checkpoints):
+            if folder.is_dir():
+                for p in folder.iterdir():
+                    if p.name.startswith(".") and p.name.endswith(".tmp"):
+                        shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+    def remove_older_checkpoints(self, keep: int) -> None:
+        """Keep the newest `keep` checkpoints."""
+        for old in self.complete_checkpoints()[:-keep]:
+            doomed = old.with_name(f".{old.name}.tmp")  # renamed first, so a kill never leaves half a checkpoint behind
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+    def is_finished(self) -> bool:
+        """True when the result and its figures were written."""
+        return self.results.is_file() and (self.adapter.is_dir() or self.model.is_dir())
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The resolved recipe of this run.
+
+        Raises:
+            FileError: missing or damaged.
+        """
+        try:
+            value = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise FileError("this is not a run folder: it has no recipe.yaml", where=str(self.path)) from e
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+            raise FileError(f"the run's recipe cannot be read: {e}", where=str(self.recipe)) from e
+        if not isinstance(value, dict):
+            raise FileError("the run's recipe is empty or not a mapping", where=str(self.recipe))
+        return value
+
+
+def new_run(path: Path, resume: bool) -> RunFolder:
+    """Prepare the folder of a run that is about to start.
+
+    Args:
+        path: the run folder.
+        resume: continue what is there instead of starting afresh.
+
+    Raises:
+        RecipeError: the folder holds another run, or there is nothing to resume.
+    """
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise RecipeError("the output path is a file, not a folder", where=str(path), hint="set `out:` to a new folder")
+    if resume:
+        if folder.is_finished():
+            raise RecipeError("this run is finished: there is nothing to resume", where=str(path),
+                              hint=f"slimtune eval {path}, or train into another folder with out=NEW_FOLDER")
+        if folder.latest_checkpoint() is None and not folder.recipe.is_file():
+            raise RecipeError("there is no run to resume here", where=str(path), hint="leave --resume away to start it")
+    elif path.is_dir() and any(path.iterdir()):
+        resumable = folder.latest_checkpoint() is not None and not folder.is_finished()
+        raise RecipeError(
+            "the output folder already holds a run" if folder.recipe.is_file() else "the output folder is not empty",
+            where=str(path),
+            hint=("continue it with --resume, or " if resumable else "") + "choose another folder with out=NEW_FOLDER",
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    folder.remove_leftovers()
+    return folder
+
+
+def open_run(path: str | os.PathLike[str]) -> RunFolder:
+    """Open a finished run for eval, generate, chat or merge.
+
+    Args:
+        path: the run folder that `slimtune train` wrote.
+
+    Raises:
+        FileError: not a run, or a run without a result; the hint says what to do.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.exists():
+        parent = folder.path.parent
+        near = sorted(str(p.parent) for p in parent.glob("*/recipe.yaml")) if parent.is_dir() else []
+        raise FileError("there is no such run", where=str(folder.path),
+                        hint=f"runs here: {', '.join(near[:8])}" if near else "train one first: slimtune train RECIPE.yaml")
+    if not folder.path.is_dir():
+        raise FileError("this is a file; a run is a folder", where=str(folder.path), hint="give the folder that `slimtune train` wrote")
+    if not folder.recipe.is_file():
+        looks_like_adapter = (folder.path / "adapter_config.json").is_file()
+        raise FileError("this is not a run folder: it has no recipe.yaml", where=str(folder.path),
+                        hint="this looks like an adapter: give the run folder above it" if looks_like_adapter
+                        else "give the folder that `slimtune train` wrote")
+    if not (folder.adapter.is_dir() or folder.model.is_dir()):
+        step = folder.latest_checkpoint()
+        raise FileError("this run has no result yet" + (f" (it stopped at {step.name})" if step else ""), where=str(folder.path),
+                        hint="finish it: slimtune train RECIPE.yaml --resume")
+    return folder

@@ -1,0 +1,125 @@
+"""Flat YAML with line numbers: YAML 1.2 scalars (so `1e-3` is a number and `no` a word), duplicate keys refused.
+
+PyYAML follows YAML 1.1, where `lr: 1e-3` is text, `label: no` is false and `12:30` is 750. Recipes are typed by people,
+so the loader and the dumper here share one small table of scalar patterns, and what is dumped reads back as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import yaml
+
+_SCALARS = [
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # start from nothing: the YAML 1.1 patterns must not apply
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps the YAML 1.1 patterns as well, so that what is dumped means the same to every YAML reader."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+# YAML 1.1 reads a leading zero as octal; people who type `seed: 007` mean seven.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(loader.construct_scalar(node)))
+
+
+def _to_float(text: str) -> float:
+    return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").lower().replace(".nan", "nan"))
+
+
+class Entry(NamedTuple):
+    """One key of a recipe: its value and where it was written ("line 3" or "override lr=1")."""
+
+    value: Any
+    place: str
+
+
+def parse_flat(text: str) -> tuple[dict[str, Entry], list[str]]:
+    """Read a flat YAML mapping.
+
+    Args:
+        text: the file's content.
+
+    Returns:
+        The entries by key, and every problem found (syntax, duplicated keys, keys that are not text).
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        return {}, [_syntax(error)]
+    if node is None:
+        return {}, ["the recipe is empty; `slimtune init` lists examples to start from"]
+    if not isinstance(node, yaml.MappingNode):
+        return {}, [f"line {node.start_mark.line + 1}: a recipe is a list of `key: value` lines, and this is something else"]
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    for key_node, value_node in node.value:
+        line = f"line {key_node.start_mark.line + 1}"
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if not isinstance(key, str) or not key:
+            problems.append(f"{line}: a key must be a plain word")
+            continue
+        if key in entries:
+            problems.append(f"{line}: `{key}` is given twice (first on {entries[key].place}); keep one")
+            continue
+        try:
+            value = _construct(value_node)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            problems.append(f"{line}: `{key}`: {_syntax(error) if isinstance(error, yaml.YAMLError) else error}")
+            continue
+        entries[key] = Entry(value, line)
+    return entries, problems
+
+
+def parse_override(text: str) -> tuple[str, Entry] | str:
+    """Read one `key=value` from the command line; the value is a YAML scalar or an inline list. Returns a problem as text."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return f"override `{text}`: write key=value, for example lr=1e-3"
+    try:
+        return key, Entry(yaml.load(value, Loader=_Loader), f"override {text}")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return f"override `{text}`: the value is not valid YAML; put quotes around it"
+
+
+def dump_value(value: Any) -> str:
+    """Return `value` as inline YAML that reads back to the same value."""
+    plain = list(value) if isinstance(value, tuple) else value
+    # Double quotes keep line breaks as escapes; the short width of PyYAML would fold a long prompt template over several lines.
+    style = '"' if isinstance(plain, str) and len(plain.splitlines()) > 1 else None
+    text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _syntax(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"{line}not valid YAML: {error.problem or error.context}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"not valid YAML: a character that text files do not contain, at position {error.position}"
+    return f"not valid YAML: {error}"
