@@ -46,14 +46,15 @@ def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Ten
             elif hasattr(op, "run"):
                 y = op.add(x, y, host, None)
         else:
-            y0 = y
+            if any(hasattr(op, "turn") for op, _ in link):
+                raise no_sum(next(op for op, _ in link if hasattr(op, "turn")), host)
+            # Ops that read y see it as it was before this link, so they go before those that accumulate into it.
+            readers = [w * op.run(x, y, host) for op, w in link if hasattr(op, "run") and not hasattr(op, "delta")]
+            for d in readers:
+                y = y + d.to(y.dtype)
             for op, w in link:
-                if hasattr(op, "turn"):
-                    raise no_sum(op, host)
                 if hasattr(op, "delta"):
-                    y = op.add(x, y, host, w)  # does not read y, so the fused form may accumulate
-                elif hasattr(op, "run"):
-                    y = y + (w * op.run(x, y0, host)).to(y.dtype)
+                    y = op.add(x, y, host, w)
     return y
 
 

@@ -20,6 +20,7 @@ from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.targets import matches
 from slimtune.initialise import INITS, initialise
+from slimtune.kernels.lowrank import add_low_rank, fusing
 
 class LoRAOp(Additive):
     """A [r, a] and B [b, r]; with `A0`, `B0` the delta is s (B A - B0 A0): zero at the start, whatever A and B began as."""
@@ -66,6 +67,20 @@ class LoRAOp(Additive):
         h = self.kind.down(x, cast(A, y), host)
         d = self.scale * self.kind.up(h, cast(B, y), host)
         return d if self.up_bias is None else d + self.kind.along_output(self.scale * cast(self.up_bias, y), d)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float, float] | None:
+        """Return (A, B, s, dropout probability now) for fused kernels, or None when the op is more than that."""
+        if self.up_bias is not None:
+            return None
+        return *self.factors(), self.scale, self.dropout if self.training else 0.0
+
+    def add(self, x: Tensor, y: Tensor, host: nn.Module, w: Tensor | None) -> Tensor:
+        """Accumulate into y with one autograd function, where the map is linear and nothing else is asked for."""
+        fused = self.low_rank() if self.kind.name == "linear" and y.dtype == x.dtype and fusing(y) else None
+        if fused is None:
+            return super().add(x, y, host, w)
+        A, B, scale, p = fused
+        return add_low_rank(y, x, A, B, scale if w is None else scale * float(w), p)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         if self.up_bias is None:

@@ -6,11 +6,16 @@ y = x W^T + bias, W [b, a], x [..., a].
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
+from slimtune.core.plan import Plan
+from slimtune.kernels.lowrank import fusing, linear_low_rank
 from slimtune.ports.install import install
 
 
@@ -36,6 +41,19 @@ class LinearKind(Kind):
 
     def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
+
+    def forward(
+        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it."""
+        chain = plan.uniform(host.slim)
+        if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and base_class(host) is nn.Linear:
+            op, w = chain[0][0]
+            fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None
+            if fused is not None:
+                A, B, scale, p = fused
+                return linear_low_rank(args[0], host.weight, host.bias, A, B, scale if w is None else scale * float(w), p)
+        return super().forward(host, base, plan, args, kwargs)
 
     def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
         return F.linear(x, A)  # [n, a] @ [a, r] -> [n, r]

@@ -1,0 +1,42 @@
+"""Dropout whose mask is a seed: nothing is kept for backward, and projections that read the same tensor share one mask.
+
+The mask costs more than the low-rank product it guards, so it is drawn as 16-bit numbers, four from each 64-bit draw: the probability is
+rounded to a multiple of 2^-16, and the scale 1 / (1 - p) uses the rounded p, so the mean is exact.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_LAST = threading.local()
+
+
+def draw_seed(x: Tensor) -> int:
+    """Return the seed of the mask for x: the same as long as the same tensor object asks, a new one from torch's generator otherwise."""
+    last = getattr(_LAST, "entry", None)
+    if last is not None and last[0]() is x and last[1] == x._version:
+        return last[2]
+    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+    _LAST.entry = (weakref.ref(x), x._version, seed)
+    return seed
+
+
+def kept(shape: torch.Size, p: float, seed: int, device: torch.device) -> tuple[Tensor, float]:
+    """Return (mask, scale): a bool mask of what stays, and 1 / (1 - p)."""
+    n = shape.numel()
+    generator = torch.Generator(device=device).manual_seed(seed)
+    draws = torch.empty((n + 3) // 4, dtype=torch.int64, device=device)
+    draws.random_(-(2**63), None, generator=generator)
+    threshold = round(p * 65536)
+    mask = draws.view(torch.int16)[:n].view(shape) >= threshold - 32768
+    return mask, 65536.0 / (65536 - threshold)
+
+
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """Return x with its dropped elements zero and the others scaled; without gradient."""
+    mask, scale = kept(x.shape, p, seed, x.device)
+    return (x * scale).mul_(mask)

@@ -1,0 +1,110 @@
+"""The additive low-rank product as one autograd function each: alone (y += s x A^T B^T), and fused with its frozen linear map.
+
+Kept for backward: x (or what x is made of, see `recipe`), h = x A^T [n, r], and references to the weights. The float32 masters A and B are
+cast down to the data's type; activations are never cast up. Dropout is made again from its seed. Both functions refuse a second derivative.
+
+FLOPs forward 2 n r (a + b) beside 2 n a b; backward (x and factors) 4 n r (a + b) beside 2 n a b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slimtune.kernels.dropout import draw_seed, drop, kept
+from slimtune.kernels.recipe import recipe_of
+
+
+class _LowRank(torch.autograd.Function):
+    """forward(y_or_weight, ...): with `weight` the base product is part of the function, without it y is added to in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor,
+        scale: float, p: float, seed: int, make: Any, *made_of: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if y is None:
+            assert weight is not None
+            y = F.linear(x, weight, bias)
+        else:
+            ctx.mark_dirty(y)
+        a, b = A.to(y.dtype), B.to(y.dtype)
+        xc = x if x.dtype == y.dtype else x.to(y.dtype)
+        xd = xc if p == 0 else drop(xc, p, seed)
+        h = F.linear(xd, a)  # [n, a] @ [a, r] -> [n, r]
+        _accumulate(y, h, b.t(), scale)  # y += s h B^T
+        ctx.save_for_backward(h, A, B, weight, *made_of)
+        ctx.scale, ctx.p, ctx.seed, ctx.make, ctx.shape, ctx.x_dtype = scale, p, seed, make, x.shape, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, A, B, weight, *made_of = ctx.saved_tensors
+        need_x, need_y, _, _, need_A, need_B = ctx.needs_input_grad[:6]
+        b = B.to(g.dtype)
+        flat = g.reshape(-1, g.shape[-1])
+        dh = torch.mm(flat, b).mul_(ctx.scale)  # s g B -> [n, r]
+        mask, keep = kept(ctx.shape, ctx.p, ctx.seed, g.device) if ctx.p else (None, 1.0)
+        dA = dB = dx = None
+        if need_B:
+            dB = torch.mm(flat.t(), h.reshape(-1, h.shape[-1])).to(B.dtype).mul_(ctx.scale)  # [b, n] @ [n, r]
+        if need_A:
+            x = ctx.make(*made_of)
+            x = x if x.dtype == g.dtype else x.to(g.dtype)
+            if mask is not None:
+                x = (x * keep).mul_(mask)
+            dA = torch.mm(dh.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)  # [r, n] @ [n, a]
+        if need_x:
+            a = A.to(g.dtype)
+            if mask is None:
+                dx = torch.mm(flat, weight).addmm_(dh, a) if weight is not None else torch.mm(dh, a)
+            else:
+                dx = torch.mm(dh, a).mul_(keep).mul_(mask.view(-1, mask.shape[-1]))
+                if weight is not None:
+                    dx.addmm_(flat, weight)
+            dx = dx.view(ctx.shape).to(ctx.x_dtype)
+        return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None for _ in made_of])
+
+
+def _accumulate(y: Tensor, h: Tensor, bt: Tensor, scale: float) -> None:
+    y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), bt, alpha=scale)
+
+
+def fusing(t: Tensor) -> bool:
+    """Tell whether hand-written functions may be used now: not while compiling (the compiler fuses), not under autocast or torch.func."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(t.device.type):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """Return y + scale * drop(x) A^T B^T, accumulated into y where that is safe.
+
+    Args:
+        y: [..., b], fresh: nobody else reads it.
+        x: [..., a].
+        A, B: [r, a], [b, r], in any float type.
+        scale: s.
+        p: probability of dropping an element of x.
+    """
+    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+        y = y.clone(memory_format=torch.contiguous_format)
+    recipe = recipe_of(x)
+    return _LowRank.apply(x, y, None, None, A, B, scale, p, draw_seed(x) if p else 0, recipe.make, *recipe.inputs)
+
+
+def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """Return x W^T + bias + scale * drop(x) A^T B^T with W frozen.
+
+    Args:
+        x: [..., a].
+        weight, bias: [b, a] and [b] or None, of x's type; they get no gradient.
+        A, B, scale, p: as in `add_low_rank`.
+    """
+    recipe = recipe_of(x)
+    return _LowRank.apply(x, None, weight, bias, A, B, scale, p, draw_seed(x) if p else 0, recipe.make, *recipe.inputs)
