@@ -7,16 +7,19 @@
 """
 
 from slimtune.algebra.merge import merge, unmerge
+from slimtune.core import registry
 from slimtune.core.attach import attach, detach, disabled, keep_plan, param_groups, report, trainable, use
 from slimtune.core.errors import SlimtuneError
-from slimtune.core.registry import methods, register
 from slimtune.core.spec import Spec
 from slimtune.files.adapter import load, save
 from slimtune.methods.bitfit import BitFit
 from slimtune.methods.bottleneck import Bottleneck
 from slimtune.methods.dense import Dense
 from slimtune.methods.lora import LoRA
+from slimtune.savers import lean, unlean
 from slimtune.version import __version__
+
+methods, register = registry.methods, registry.register  # bound last: importing the package slimtune.methods takes the name
 
 __all__ = [
     "BitFit",
@@ -30,6 +33,7 @@ __all__ = [
     "detach",
     "disabled",
     "keep_plan",
+    "lean",
     "load",
     "merge",
     "methods",
@@ -38,6 +42,7 @@ __all__ = [
     "report",
     "save",
     "trainable",
+    "unlean",
     "unmerge",
     "use",
 ]

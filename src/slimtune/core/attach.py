@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.core.errors import MergeError, NameInUse, SiteError, SpecError
+from slimtune.core.errors import MergeError, NameInUse, SiteError, SpecError, TargetError
 from slimtune.core.host import KeepPlan, Rooted, generalise, host, specialise, unhost, wrap_checkpoints
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan, Which
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
+from slimtune.ports.attention import switch_fast_path
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 
@@ -91,13 +92,21 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
 
         full = Dense(targets=spec.train_modules)
         specs += [(full, site) for site in full.sites(model)]
+    if not sites:
+        raise TargetError(
+            f"{type(spec).__name__} finds no place for itself", where=f"targets={spec.targets!r}", hint="name other modules with targets="
+        )
     for owner, site in specs:
         problem = site.kind.problem(site.module)
         if problem:
             raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
     wrong = [f"{site}: {p}" for owner, site in specs for p in owner.check(site)]
     if wrong:
-        raise SpecError(f"{type(spec).__name__} does not fit: " + "; ".join(wrong[:8]), where=f"{len(wrong)} problem(s)")
+        raise SpecError(
+            f"{type(spec).__name__} does not fit {len(wrong)} of {len(specs)} sites: " + "; ".join(wrong[:8]),
+            where=wrong[0].split(": ")[0],
+            hint="name other modules with targets=, or leave these out with exclude=",
+        )
     shared: dict[str, Any] = {}
     built = [(site, owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
     if state is None:
@@ -114,16 +123,9 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         op.train(site.module.training)
         slot.put(name, key, op)
         adapter.ops[(site.path, key)] = op
-    _no_fast_path(model)
+    switch_fast_path(model, state)
     state.adapters[name] = adapter
     return adapter
-
-
-def _no_fast_path(model: nn.Module) -> None:
-    """torch's fused encoder layer reads weights without calling the layers that carry ops: send it the slow way."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # what torch sets for activations its fast path does not know
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -142,6 +144,7 @@ def detach(model: nn.Module, name: str) -> None:
         module = model.get_submodule(path)
         module._modules["slim"].drop(name)  # type: ignore[union-attr, operator]
         unhost(module)
+    switch_fast_path(model, state)
     del state.adapters[name]
     if name in state.default.names:
         state.settle(Plan.of(None))

@@ -70,6 +70,7 @@ class Ops(nn.Module):
 class Hosted:
     """Mixin of every module that carries ops."""
 
+    rank = 1  # mixins stand in this order in front of the module's own class
     slim: Slot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +85,7 @@ class Hosted:
 class Rooted:
     """Mixin of the model itself: what must happen once per model, not per layer."""
 
+    rank = 0
     slim_state: State
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +164,7 @@ def specialise(module: nn.Module, mixin: type) -> None:
         base, mixins = base.slim_base, base.slim_mixins  # type: ignore[attr-defined]
     if mixin in mixins:
         return
-    wanted = tuple(sorted((*mixins, mixin), key=lambda m: m.__name__, reverse=True))  # Rooted in front of Hosted
+    wanted = tuple(sorted((*mixins, mixin), key=lambda m: m.rank))  # type: ignore[attr-defined]
     if mixin is Rooted and not (hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")):
         return
     module.__class__ = hosted(base, wanted)

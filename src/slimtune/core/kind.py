@@ -27,6 +27,8 @@ class Kind:
         params: names of the adaptable weights of one module, in order.
         takes_bias: whether a bias [b] can be given to a module that has none.
         channels_last: whether the b outputs are the last dimension of the output.
+        drops: whether dropout of the map's input is possible.
+        quantised: whether the weight is stored in fewer bits than it stands for.
     """
 
     name: ClassVar[str] = "module"
@@ -34,6 +36,8 @@ class Kind:
     params: ClassVar[tuple[str, ...]] = ()
     takes_bias: ClassVar[bool] = False
     channels_last: ClassVar[bool] = True
+    drops: ClassVar[bool] = True
+    quantised: ClassVar[bool] = False
 
     # ---- what the module is -------------------------------------------------------------------------------------
     def fits(self, module: nn.Module) -> bool:
@@ -74,6 +78,10 @@ class Kind:
         """Apply a canonical `weight` to `x` as the module would, without bias."""
         raise NotImplementedError
 
+    def apply_op(self, x: Tensor, op: Any, host: nn.Module) -> Tensor:
+        """Apply the delta of an `Additive` op to `x`; kinds with many weights in one ask the op for them one at a time."""
+        return self.apply(x, op.delta(), host)
+
     def along_output(self, v: Tensor, y: Tensor) -> Tensor:
         """Return a vector [b] shaped so that it broadcasts over the module's output y."""
         return v
@@ -84,19 +92,57 @@ class Kind:
         shape = self.shape(module, param)
         return (r, shape[1]), (shape[0], r)
 
+    def layouts(self, module: nn.Module, param: str, r: int) -> list[tuple[int, ...]]:
+        """Return every shape of A that a file may hold: our own, then those of other libraries that the maps here run as well."""
+        return [self.factor_shapes(module, param, r)[0]]
+
+    def adopt(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return an A of another layout in our own, where it has an equal there, else as it is."""
+        return A
+
     def rank_problems(self, module: nn.Module, param: str, r: int) -> list[str]:
         """Return what is wrong with a rank here."""
         return []
+
+    def matrices(self, weight: Tensor, module: nn.Module | None) -> Tensor:
+        """Return a canonical weight as the stack of matrices [G, m, k] whose ranks a low-rank delta bounds.
+
+        Args:
+            weight: in canonical shape.
+            module: needed by kinds that cannot tell G from the shape (grouped convolutions).
+        """
+        return weight.reshape(1, weight.shape[0], -1)
+
+    def pack(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return factors A [G, q, k] and B [G, m, q] of the `matrices` in the shapes that `factor_shapes` names.
+
+        Args:
+            shape: canonical, of the weight.
+        """
+        return A[0], B[0]
+
+    def beside(self, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of the sum of two deltas: composed, [A; A2] and [B, B2] give B A + B2 A2."""
+        return torch.cat([A, A2], 0), torch.cat([B, B2], 1)
 
     def compose(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the dense delta of the pair in canonical shape."""
         return B @ A  # [b, r] @ [r, a] -> [b, a]
 
     def factorise(self, delta: Tensor, r: int, host: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-        """Return (A, B) whose composition is the best rank-r approximation of a canonical delta."""
-        U, S, V = torch.linalg.svd(delta.reshape(delta.shape[0], -1), full_matrices=False)
-        root = S[:r].sqrt()
-        return root[:, None] * V[:r], U[:, :r] * root
+        """Return (A, B) of rank r whose composition is the best approximation of a canonical delta, or None if r is too high."""
+        stack = self.matrices(delta, host)  # [G, m, k]
+        q = self.inner_rank(host, r)
+        if q > min(stack.shape[1:]):
+            return None
+        parts = [torch.linalg.svd(m, full_matrices=False) for m in stack]  # one matrix at a time: U, S, V of all would be large
+        A = torch.stack([S[:q].sqrt()[:, None] * V[:q] for _, S, V in parts])
+        B = torch.stack([U[:, :q] * S[:q].sqrt() for U, S, _ in parts])
+        return self.pack(A, B, tuple(delta.shape))
+
+    def inner_rank(self, module: nn.Module | None, r: int) -> int:
+        """Return the rank each of the `matrices` gets when the op's rank is r."""
+        return r
 
     def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
         """Apply A to the module's input: x [n, a] -> h [n, r]."""

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import SpecError
+
 if TYPE_CHECKING:
     from slimtune.core.site import Site
 
@@ -28,7 +30,7 @@ class Op(nn.Module):
 
     Attributes:
         kind, param, shape: of the site: its module kind, the weight's name and canonical shape.
-        roles: tensor name -> "down" | "up" | "gain" | "bias" | "core" | "dense"; the tensors of an adapter file.
+        roles: trained tensor name -> "down" | "up" | "gain" | "bias" | "core" | "dense".
     """
 
     roles: ClassVar[dict[str, str]] = {}
@@ -43,25 +45,52 @@ class Op(nn.Module):
         return y + d.to(y.dtype) if w is None else y + (w * d).to(y.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the (role name, tensor) pairs that make up this op's state in a file."""
+        """Yield the (name, tensor) pairs that have a role."""
         for name in self.roles:
             value = getattr(self, name)
             if value is not None:
                 yield name, value
 
-    def reset_from(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of a file (checked by the caller for names and shapes)."""
-        with torch.no_grad():
-            for name, value in tensors.items():
-                getattr(self, name).copy_(value)
-
+    # ---- files --------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
-        """Return per-site facts, beyond tensors, that a file must keep (rank, scale, ...)."""
+        """Return per-site facts, beyond tensors, that a file must keep (rank, scale, ...): JSON values."""
         return {}
+
+    def resume(self, settings: dict[str, Any], site: Site) -> None:
+        """Take over the settings of a file and make room for its tensors.
+
+        Raises:
+            SpecError: the op cannot take them.
+        """
+        mine = self.settings()
+        wrong = [f"{k}={v!r} instead of {mine.get(k)!r}" for k, v in settings.items() if k not in mine or mine[k] != v]
+        if wrong:
+            raise SpecError(f"{type(self).__name__} cannot be set up as in the file: {', '.join(wrong)}", where=str(site))
+
+    def export(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of a file: every parameter and every persistent buffer.
+
+        Args:
+            module: the one that this op sits on; an op whose file form depends on the base reads it there.
+        """
+        return {k: v for k, v in nn.Module.state_dict(self, keep_vars=True).items() if isinstance(v, Tensor)}
+
+    def expects(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that `export` has now."""
+        return {name: tuple(t.shape) for name, t in self.export(module).items()}
+
+    def reset_from(self, tensors: dict[str, Tensor], module: nn.Module) -> None:
+        """Take over the tensors of a file, names and shapes as in `expects`."""
+        with torch.no_grad():
+            for name, value in nn.Module.state_dict(self, keep_vars=True).items():
+                value.copy_(tensors[name])
 
 
 class Additive(Op):
-    """An op whose effect on the weight is W + delta()."""
+    """An op whose effect on the weight is W + delta().
+
+    One that can give the delta of a single expert of 3-D weights has `delta_of(e) -> [b, a]` too, so that they are never all formed at once.
+    """
 
     def delta(self) -> Tensor:
         """Return the dense delta in canonical shape."""
@@ -71,7 +100,7 @@ class Additive(Op):
         return W + self.delta().to(device=W.device, dtype=W.dtype)
 
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
-        return self.kind.apply(x, self.delta(), host)
+        return self.kind.apply_op(x, self, host)
 
 
 def affine(op: Op) -> bool:

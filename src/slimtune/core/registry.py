@@ -51,7 +51,6 @@ def spec_class(name: str) -> type[Spec]:
 
 
 def _load_own() -> None:
-    import slimtune.methods
-
-    for info in pkgutil.iter_modules(slimtune.methods.__path__):
+    package = importlib.import_module("slimtune.methods")  # the attribute slimtune.methods is the public function
+    for info in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"slimtune.methods.{info.name}")

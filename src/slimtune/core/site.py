@@ -44,8 +44,9 @@ class Site:
 
     @property
     def b(self) -> int:
-        """Outputs of the map."""
-        return self.kind.widths(self.module, self.param)[1]
+        """Outputs of the map; of the whole module (its last weight) at the output port."""
+        last = self.kind.names(self.module)[-1:] if self.port == "output" else ()
+        return self.kind.widths(self.module, last[0] if last else self.param)[1]
 
     @property
     def device(self) -> torch.device:

@@ -34,7 +34,13 @@ class LinearKind(Kind):
         return (module.out_features, module.in_features)  # type: ignore[return-value]
 
     def read(self, module: nn.Module, param: str) -> Tensor:
-        return module.weight  # type: ignore[return-value]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.dtype not in FLOATS:
+            raise MergeError(
+                f"a {base_class(module).__name__} keeps its weight as {weight.dtype}, and how to read that is not known",
+                hint="use it unmerged, or load the model unquantised",
+            )
+        return weight
 
     def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         return install(module, weight=weight, bias=bias)
@@ -47,7 +53,7 @@ class LinearKind(Kind):
     ) -> Any:
         """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it."""
         chain = plan.uniform(host.slim)
-        if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and base_class(host) is nn.Linear:
+        if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host):
             op, w = chain[0][0]
             fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None
             if fused is not None:
@@ -60,6 +66,12 @@ class LinearKind(Kind):
 
     def up(self, h: Tensor, B: Tensor, host: nn.Module) -> Tensor:
         return F.linear(h, B)  # [n, r] @ [r, b] -> [n, b]
+
+
+def _frozen_plain(host: nn.Module) -> bool:
+    """Tell whether a host is a plain nn.Linear whose own parameters get no gradient and are no distributed tensors."""
+    weight, bias = host._parameters["weight"], host._parameters["bias"]
+    return base_class(host) is nn.Linear and type(weight) is nn.Parameter and not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class Conv1DKind(LinearKind):
