@@ -36,6 +36,7 @@ class Kind:
     params: ClassVar[tuple[str, ...]] = ()
     takes_bias: ClassVar[bool] = False
     channels_last: ClassVar[bool] = True
+    out_axis: ClassVar[int] = 0  # axis of the canonical weight that counts outputs
     drops: ClassVar[bool] = True
     quantised: ClassVar[bool] = False
 
