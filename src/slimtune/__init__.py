@@ -4,22 +4,41 @@
     report = st.attach(model, st.LoRA(r=16), name="support")
     ...train...
     st.save(model, "out/support", name="support")
+
+Names are imported when they are first used: the command line answers `--help` without waiting for torch. The class of every
+registered method is a name here too (st.LoRA, st.BitFit, ...), read from the registry, so a new method is one new file.
 """
 
-from slimtune.algebra.merge import merge, unmerge
-from slimtune.core import registry
-from slimtune.core.attach import attach, detach, disabled, keep_plan, param_groups, report, trainable, use
-from slimtune.core.errors import SlimtuneError
-from slimtune.core.spec import Spec
-from slimtune.files.adapter import load, save
-from slimtune.methods.bitfit import BitFit
-from slimtune.methods.bottleneck import Bottleneck
-from slimtune.methods.dense import Dense
-from slimtune.methods.lora import LoRA
-from slimtune.savers import lean, unlean
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from slimtune.version import __version__
 
-methods, register = registry.methods, registry.register  # bound last: importing the package slimtune.methods takes the name
+if TYPE_CHECKING:  # what editors and type checkers see
+    from slimtune.algebra.merge import merge, unmerge
+    from slimtune.core.attach import attach, detach, disabled, keep_plan, param_groups, report, trainable, use
+    from slimtune.core.errors import SlimtuneError
+    from slimtune.core.registry import methods, register
+    from slimtune.core.spec import Spec
+    from slimtune.files.adapter import load, save
+    from slimtune.methods.bitfit import BitFit
+    from slimtune.methods.bottleneck import Bottleneck
+    from slimtune.methods.dense import Dense
+    from slimtune.methods.lora import LoRA
+    from slimtune.savers import lean, unlean
+
+_HOME = {
+    "slimtune.algebra.merge": ("merge", "unmerge"),
+    "slimtune.core.attach": ("attach", "detach", "disabled", "keep_plan", "param_groups", "report", "trainable", "use"),
+    "slimtune.core.errors": ("SlimtuneError",),
+    "slimtune.core.registry": ("register",),
+    "slimtune.core.spec": ("Spec",),
+    "slimtune.files.adapter": ("load", "save"),
+    "slimtune.savers": ("lean", "unlean"),
+}
+_WHERE = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "BitFit",
@@ -46,3 +65,24 @@ __all__ = [
     "unmerge",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name == "methods":
+        return importlib.import_module("slimtune.methods")  # a callable package: st.methods() lists the registry
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    else:
+        from slimtune.core.registry import methods as registered
+
+        value = next((cls for cls in registered().values() if cls.__name__ == name), None)
+        if value is None:
+            raise AttributeError(f"module 'slimtune' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
