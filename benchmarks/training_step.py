@@ -1,0 +1,138 @@
+"""One training step, ours beside the reference library's: bytes kept, peak bytes, and seconds, in one process with alternating steps.
+
+    python -m benchmarks.training_step --dtype bfloat16 --dropout 0.05 --method lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.live_bytes import LiveBytes
+from benchmarks.models import ours, reference, same_start, smollm2
+
+
+def batch(rows: int, tokens: int, vocab: int, masked: float = 0.0) -> dict[str, torch.Tensor]:
+    """Return a batch of random tokens; `masked` of them carry no label."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocab, (rows, tokens), generator=g)
+    labels = ids.clone()
+    if masked:
+        labels[:, : int(tokens * masked)] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def stepper(model: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], float]:
+    """Return a function that does one AdamW step and returns the loss."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(params, lr=1e-4)
+
+    def step() -> float:
+        loss = model(**data, use_cache=False).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def step_bytes(model: nn.Module, data: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return MiB alive after forward, and the most alive during forward and backward, beyond what was there before."""
+    model(**data, use_cache=False).loss.backward()  # gradients and caches exist before counting
+    gc.collect()
+    with LiveBytes() as live:
+        loss = model(**data, use_cache=False).loss
+        kept = live.now
+        loss.backward()
+    return {"kept_mib": kept / 2**20, "peak_mib": live.peak / 2**20}
+
+
+def floor_step(base: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], float]:
+    """Return the frozen lower bound: forward and input gradients of the bare model, no weight gradients, the same lean forms."""
+    import copy
+
+    import slimtune as st
+
+    model = copy.deepcopy(base).train()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    st.lean(model)
+    embed = model.get_input_embeddings()  # type: ignore[operator]
+    embeds = embed(data["input_ids"]).detach()
+
+    def step() -> float:
+        x = embeds.clone().requires_grad_()
+        loss = model(inputs_embeds=x, labels=data["labels"], use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def alternate(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Return seconds of every step, the contestants taking turns, each round in another order."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for name in names:
+        steps[name]()  # warm-up
+    for i in range(repeats):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def run(dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int) -> dict[str, Any]:
+    """Return every figure of one configuration."""
+    base = smollm2(getattr(torch, dtype))
+    data = batch(rows, tokens, 40_000, masked)
+    torch.manual_seed(0)
+    theirs = reference(base, dropout=dropout, method=method)
+    mine = ours(base, dropout=dropout, method=method)
+    same_start(mine, theirs)
+    out: dict[str, Any] = {"case": {"dtype": dtype, "dropout": dropout, "method": method, "rows": rows, "tokens": tokens, "masked": masked}}
+    out["bytes"] = {"reference": step_bytes(theirs, data), "slimtune": step_bytes(mine, data)}
+    for model in (theirs, mine):
+        for p in model.parameters():
+            p.grad = None
+    steps = {"reference": stepper(theirs, data), "slimtune": stepper(mine, data), "floor": floor_step(base, data)}
+    seconds = alternate(steps, repeats)
+    out["seconds"] = seconds
+    median = {k: statistics.median(v) for k, v in seconds.items()}
+    out["median"] = median
+    pairs = [a / b for a, b in zip(seconds["slimtune"], seconds["reference"], strict=True)]
+    out["ratio"] = {
+        "kept": out["bytes"]["slimtune"]["kept_mib"] / out["bytes"]["reference"]["kept_mib"],
+        "peak": out["bytes"]["slimtune"]["peak_mib"] / out["bytes"]["reference"]["peak_mib"],
+        "time": statistics.median(pairs),
+        "over_floor": median["slimtune"] / median["floor"],
+        "reference_over_floor": median["reference"] / median["floor"],
+    }
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--method", default="lora", choices=["lora", "dora"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--masked", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    print(json.dumps(run(**vars(args)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
