@@ -20,7 +20,7 @@ def smollm2(dtype: torch.dtype) -> nn.Module:
 
     from slimtune.train.models import resolve_model
 
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(SMOLLM2).source, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(SMOLLM2).path_or_hub_id, dtype=dtype)
     model.config.use_cache = False
     return model
 

@@ -147,10 +147,11 @@ def merged_values(module: nn.Module, param: str, chain: Chain) -> tuple[Tensor |
 def lifted(model: nn.Module) -> Callable[[], None]:
     """Take the merged values out for a while (pointer swaps only); the function returned puts them back."""
     exchanges = list(state_of(model).merged)
+    for step in reversed(exchanges):  # newest first, as in unmerge: two exchanges may hold the same parameter
+        step()
 
-    def exchange() -> None:
+    def back() -> None:
         for step in exchanges:
             step()
 
-    exchange()
-    return exchange
+    return back

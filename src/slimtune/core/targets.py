@@ -38,7 +38,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 GROUPS: dict[str, tuple[str, ...]] = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("gate", "up", "down")}
 KINDS: dict[str, tuple[str, ...]] = {"all-linear": ("linear", "attention"), "experts": ("experts",), "embedding": ("embedding",),
                                      "conv": ("conv",), "norm": ("norm",)}
-_REGEX = re.compile(r"\.\*|[\\^$()|+\[\]{}]")
+_REGEX = re.compile(r"^\.\*|[\\^$()|+\[\]{}]")  # "layers.0.*" is a glob, ".*q_proj" a regex
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -86,7 +86,9 @@ def matches(pattern: str, path: str, module: nn.Module, head_paths: set[str]) ->
     """Tell whether one pattern means one module."""
     if pattern in KINDS:
         kind = kind_of(module)
-        return kind is not None and kind.name in KINDS[pattern] and path not in head_paths
+        if kind is None or kind.name not in KINDS[pattern] or path in head_paths:
+            return False
+        return pattern != "embedding" or not kind.problem(module)  # tables of positions with a forward of their own are not meant
     if pattern == "head":
         return path in head_paths and kind_of(module) is not None
     roles = GROUPS.get(pattern, (pattern,) if pattern in ROLES else ())
@@ -134,7 +136,7 @@ def in_layers(layers: str, stacks: dict[str, int]) -> dict[str, set[int]]:
                 raise SpecError(f"cannot read layers={layers!r}", hint='"last:4", "first:2", "0,2-5"')
         chosen[stack] = wanted
     longest = max(stacks.values(), default=0)
-    if not any(chosen.values()) or any(min(w) >= longest for w in chosen.values() if w):
+    if not any(chosen.values()) or any(max(w) >= longest for w in chosen.values() if w):
         raise TargetError(f"layers={layers!r} names no block", where=f"stacks: {stacks}", hint="blocks count from 0")
     return chosen
 

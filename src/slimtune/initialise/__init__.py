@@ -5,6 +5,7 @@ where A and B start away from zero, the op keeps a frozen copy of them that is s
 
 from __future__ import annotations
 
-from slimtune.initialise.free import INITS, Initialiser, initialise
+from slimtune.initialise import loftq, spectral
+from slimtune.initialise.free import INITS, Initialiser, init_problems, initialise, initialiser
 
-__all__ = ["INITS", "Initialiser", "initialise"]
+__all__ = ["INITS", "Initialiser", "init_problems", "initialise", "initialiser", "loftq", "spectral"]

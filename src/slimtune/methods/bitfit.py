@@ -6,15 +6,18 @@ Cannot: change a weight (converting it to a LoRA is not defined).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import TargetError
 from slimtune.core.op import Op, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+
+DEFAULT = ("all-linear", "norm")
 
 
 class BitFitOp(Op):
@@ -41,7 +44,7 @@ class BitFit(Spec):
     Args:
         missing: "skip": only modules that have a bias; "add": every target gets one; "auto": "skip", unless no target has one (as
             in Llama), then "add".
-        targets: default: linear layers and norms.
+        targets: default: the linear layers and the norms, whichever of them the model has.
 
     Example:
         >>> import slimtune as st
@@ -49,18 +52,35 @@ class BitFit(Spec):
         'add'
     """
 
-    targets: str | tuple[str, ...] = ("all-linear",)
+    targets: str | tuple[str, ...] = DEFAULT
     missing: str = "auto"
 
     def problems(self) -> list[str]:
         return [] if self.missing in {"auto", "skip", "add"} else [f'missing must be "auto", "skip" or "add", not {self.missing!r}']
 
     def sites(self, model: nn.Module) -> list[Site]:
-        sites = super().sites(model)
+        sites = super().sites(model) if self.targets != DEFAULT else self._default_sites(model)
         have = [s for s in sites if s.kind.bias(s.module, s.param) is not None]
         if self.missing == "add" or (self.missing == "auto" and not have):
             return [s for s in sites if s.kind.takes_bias]
         return have
+
+    def _default_sites(self, model: nn.Module) -> list[Site]:
+        """Return the sites of each default target that the model has: a model without norms is no mistake of the user's."""
+        found: dict[tuple[str, str], Site] = {}
+        missing: list[TargetError] = []
+        for target in DEFAULT:
+            try:
+                found |= {(s.path, s.param): s for s in replace(self, targets=target)._targeted(model)}
+            except TargetError as error:
+                missing.append(error)
+        if not found:
+            raise missing[0]
+        order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+        return sorted(found.values(), key=lambda s: order[s.path])
+
+    def _targeted(self, model: nn.Module) -> list[Site]:
+        return super().sites(model)
 
     def check(self, site: Site) -> list[str]:
         return [] if site.kind.takes_bias else [f"a {site.kind.name} takes no bias"]

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import SpecError
 from slimtune.core.op import Additive, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.targets import matches
-from slimtune.initialise import INITS, initialise
+from slimtune.initialise import INITS, init_problems, initialise
 from slimtune.kernels.lowrank import add_low_rank, fusing
+
 
 class LoRAOp(Additive):
     """A [r, a] and B [b, r]; with `A0`, `B0` the delta is s (B A - B0 A0): zero at the start, whatever A and B began as."""
@@ -54,8 +56,7 @@ class LoRAOp(Additive):
         """Return the (A, B) of the whole delta / s, frozen part included: rank r or 2 r."""
         if self.A0 is None:
             return self.A, self.B
-        dim = self.A.dim() - 2 if self.kind.name == "experts" else 0
-        return torch.cat([self.A, self.A0], dim), torch.cat([self.B, -self.B0], 2 if self.kind.name == "experts" else 1)
+        return self.kind.beside(self.A, self.B, self.A0, -self.B0)
 
     def delta(self) -> Tensor:
         A, B = self.factors()
@@ -88,8 +89,26 @@ class LoRAOp(Additive):
         extra = self.scale * self.up_bias
         return extra if b is None else b + extra.to(device=b.device, dtype=b.dtype)
 
+    # ---- files --------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
-        return {"r": self.r, "scale": self.scale, "frozen_start": self.A0 is not None}
+        wide = self.kind.name == "conv" and self.A.shape[1] != self.shape[1]  # the reference's layout of a grouped convolution
+        return {"r": self.r, "scale": self.scale, "frozen_start": self.A0 is not None, "up_bias": self.up_bias is not None, "wide": wide}
+
+    def resume(self, settings: dict[str, Any], site: Site) -> None:
+        r, scale, frozen, up_bias, wide = (settings.get(k) for k in ("r", "scale", "frozen_start", "up_bias", "wide"))
+        flags = {type(v) for v in (frozen, up_bias, wide)}
+        if type(r) is not int or not 0 < r < 2**24 or not isinstance(scale, (int, float)) or flags != {bool} or len(settings) != 5:
+            raise SpecError(f"these are no settings of a LoRA: {str(settings)[:200]}", where=str(site))
+        self.r, self.scale = r, float(scale)
+        new = {"device": self.A.device, "dtype": self.A.dtype}
+        shape_a, shape_b = site.kind.factor_shapes(site.module, site.param, r)
+        shape_a = site.kind.layouts(site.module, site.param, r)[-1] if wide else shape_a
+        for name, shape in (("A", shape_a), ("B", shape_b)):
+            if getattr(self, name).shape != shape:
+                setattr(self, name, nn.Parameter(torch.empty(shape, **new)))
+            setattr(self, f"{name}0", torch.empty(shape, **new) if frozen else None)
+        if up_bias != (self.up_bias is not None):
+            self.up_bias = nn.Parameter(torch.empty(site.b, **new)) if up_bias else None
 
 
 @register("lora")
@@ -102,7 +121,7 @@ class LoRA(Spec):
         alpha: the scale is alpha / r, or alpha / sqrt(r) with `rank_stabilised`; default: 2 r.
         rank_stabilised: arXiv 2312.03732.
         dropout: probability of dropping an input of the down projection while training.
-        init: how A and B start; see `slimtune.methods.init`. None of them changes the base.
+        init: how A and B start; see `slimtune.initialise`. None of them changes the base.
         up_bias: train a bias [b] on the up projection.
         rank_pattern, alpha_pattern: target pattern -> rank / alpha, for modules that differ; the first match counts.
         loftq_source: folder with the original, unquantised safetensors (init="loftq").
@@ -154,7 +173,12 @@ class LoRA(Spec):
         return float(alpha) / (math.sqrt(r) if self.rank_stabilised else r)
 
     def check(self, site: Site) -> list[str]:
-        return site.kind.rank_problems(site.module, site.param, self.rank(site))
+        wrong = site.kind.rank_problems(site.module, site.param, self.rank(site))
+        if self.dropout and not site.kind.drops:
+            wrong.append(f"the input of a {site.kind.name} cannot be dropped: set dropout=0 or leave it out with exclude=")
+        if self.up_bias and not site.kind.takes_bias:
+            wrong.append(f"a {site.kind.name} takes no bias: set up_bias=False")
+        return wrong or init_problems(self.init, site, self)
 
     def build(self, site: Site) -> LoRAOp:
         op = LoRAOp(site, self.rank(site), self.scale(site), self.dropout, self.up_bias)

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from slimtune.core.kind import Kind
+from slimtune.ports.attention import AttentionKind
+from slimtune.ports.conv import ConvKind
+from slimtune.ports.embedding import EmbeddingKind
+from slimtune.ports.experts import ExpertsKind, UnknownExpertsKind
 from slimtune.ports.linear import BlockKind, Conv1DKind, LinearKind
+from slimtune.ports.norm import GroupNormKind, LayerNormKind, RMSNormKind
+from slimtune.ports.quantised import Linear4bitKind, Linear8bitKind
 
-KINDS: list[Kind] = [Conv1DKind(), LinearKind(), BlockKind()]
+KINDS: list[Kind] = [
+    Linear4bitKind(), Linear8bitKind(), Conv1DKind(), LinearKind(), ConvKind(1), ConvKind(2), ConvKind(3), EmbeddingKind(), AttentionKind(),
+    ExpertsKind(), UnknownExpertsKind(), LayerNormKind(), GroupNormKind(), RMSNormKind(), BlockKind(),
+]  # fmt: skip

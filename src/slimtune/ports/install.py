@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from slimtune.core.errors import MergeError
+
 
 class Exchange:
     """Holds the parameters that are not in place now; each call exchanges them with those that are."""
@@ -26,6 +28,11 @@ def install(module: nn.Module, **values: Tensor | None) -> Exchange:
     for name, value in values.items():
         if value is None:
             continue
+        if name not in module._parameters:
+            raise MergeError(
+                f"{name!r} of this {type(module).__name__} is computed (by a parametrization or weight norm), so nothing can be merged into it",
+                hint="remove the parametrization first: torch.nn.utils.parametrize.remove_parametrizations",
+            )
         if isinstance(value, nn.Parameter):  # a quantised parameter made by its own library
             new[name] = value
             continue

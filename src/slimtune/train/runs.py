@@ -17,23 +17,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from slimtune.core.errors import FileError, RecipeError
-from slimtune.version import __version__
 
 _CHECKPOINT = re.compile(r"^step-(\d+)$")
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "bitsandbytes")
 REPORT_FILES = ("results.json", "summary.json", "report.html")
 
 
@@ -76,41 +71,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError("this file does not hold a JSON object", where=str(path))
     return value
-
-
-def environment() -> dict[str, Any]:
-    """What the run ran on: Python, platform, threads, devices and package versions; no user names, no paths."""
-    import torch
-
-    versions = {"slimtune": __version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "devices": cuda or ["cpu"],
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    if sys.platform.startswith("linux"):
-        try:
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-        except OSError:
-            pass
-    return platform.processor() or platform.machine()
 
 
 def folder_bytes(path: Path) -> int:
@@ -233,8 +193,11 @@ def new_run(path: Path, resume: bool) -> RunFolder:
         raise RecipeError("the output path is a file, not a folder", where=str(path), hint="set `out:` to a new folder")
     if resume:
         if folder.is_finished():
-            raise RecipeError("this run is finished: there is nothing to resume", where=str(path),
-                              hint=f"slimtune eval {path}, or train into another folder with out=NEW_FOLDER")
+            raise RecipeError(
+                "this run is finished: there is nothing to resume",
+                where=str(path),
+                hint=f"slimtune eval {path}, or train into another folder with out=NEW_FOLDER",
+            )
         if folder.latest_checkpoint() is None and not folder.recipe.is_file():
             raise RecipeError("there is no run to resume here", where=str(path), hint="leave --resume away to start it")
     elif path.is_dir() and any(path.iterdir()):
@@ -262,17 +225,25 @@ def open_run(path: str | os.PathLike[str]) -> RunFolder:
     if not folder.path.exists():
         parent = folder.path.parent
         near = sorted(str(p.parent) for p in parent.glob("*/recipe.yaml")) if parent.is_dir() else []
-        raise FileError("there is no such run", where=str(folder.path),
-                        hint=f"runs here: {', '.join(near[:8])}" if near else "train one first: slimtune train RECIPE.yaml")
+        raise FileError(
+            "there is no such run",
+            where=str(folder.path),
+            hint=f"runs here: {', '.join(near[:8])}" if near else "train one first: slimtune train RECIPE.yaml",
+        )
     if not folder.path.is_dir():
         raise FileError("this is a file; a run is a folder", where=str(folder.path), hint="give the folder that `slimtune train` wrote")
     if not folder.recipe.is_file():
         looks_like_adapter = (folder.path / "adapter_config.json").is_file()
-        raise FileError("this is not a run folder: it has no recipe.yaml", where=str(folder.path),
-                        hint="this looks like an adapter: give the run folder above it" if looks_like_adapter
-                        else "give the folder that `slimtune train` wrote")
+        raise FileError(
+            "this is not a run folder: it has no recipe.yaml",
+            where=str(folder.path),
+            hint="this looks like an adapter: give the run folder above it" if looks_like_adapter else "give the folder that `slimtune train` wrote",
+        )
     if not (folder.adapter.is_dir() or folder.model.is_dir()):
         step = folder.latest_checkpoint()
-        raise FileError("this run has no result yet" + (f" (it stopped at {step.name})" if step else ""), where=str(folder.path),
-                        hint="finish it: slimtune train RECIPE.yaml --resume")
+        raise FileError(
+            "this run has no result yet" + (f" (it stopped at {step.name})" if step else ""),
+            where=str(folder.path),
+            hint="finish it: slimtune train RECIPE.yaml --resume",
+        )
     return folder

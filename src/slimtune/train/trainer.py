@@ -9,45 +9,22 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import slimtune as st
-from slimtune.core.errors import FileError, FormatError, RecipeError
-from slimtune.core.state import state_of
+from slimtune.core.errors import RecipeError
+from slimtune.train.checkpoint import PROGRESS, flush, read_tensors, write_tensors
+from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.evaluate import Evaluation
 from slimtune.train.loss import adds_other_losses, causal_loss, classification_loss
-from slimtune.train.order import EpochOrder
 from slimtune.train.runs import RunFolder, read_json, write_json
-
-STATE = "state.safetensors"
-PROGRESS = "progress.json"
-
-
-def peak_bytes() -> int:
-    """The largest resident memory this process has had, in bytes (libraries, model and all)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def trained_tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """Every tensor of an adapter (frozen parts and buffers too), or, without a name, every trainable weight of the model."""
-    if name is None:
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found: dict[str, Tensor] = {}
-    for (path, key), op in state_of(model).adapters[name].ops.items():
-        for part, tensor in [*op.named_parameters(), *op.named_buffers()]:
-            found[f"{path}|{key}|{part}"] = tensor
-    return found
 
 
 class SlimTrainer(Trainer):
@@ -70,29 +47,50 @@ class SlimTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # our losses are sums over the whole step's items already
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *, adapter: str | None, folder: RunFolder, rows: Sequence[Any],
-                 collate: Callable[[list[Any]], dict[str, Tensor]], task: str, order: EpochOrder, lr: float, weight_decay: float,
-                 keep: int, measure: Callable[[], Evaluation] | None, callbacks: list[TrainerCallback]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        adapter: str | None,
+        folder: RunFolder,
+        rows: Sequence[Any],
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        task: str,
+        order: LengthGroupedSampler,
+        lr: float,
+        weight_decay: float,
+        keep: int,
+        measure: Callable[[], Evaluation] | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
         self.adapter, self.folder, self.task, self.order = adapter, folder, task, order
         self.base_lr, self.decay, self.keep, self.measure = lr, weight_decay, keep, measure
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
         self.logged = (0, 0.0)
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=[] if measure else None, data_collator=collate,
-                         callbacks=[_FollowEpochs(order, args, len(rows)), *callbacks])
+        self.trained = model  # the Trainer's own `model` may be anything; this is the one with the adapter
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=[] if measure else None,
+            data_collator=collate,
+            callbacks=[_FollowEpochs(order, args, len(rows)), *callbacks],
+        )
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the items of a step; the model itself never sees them
         self._loss_shifts_labels = task == "causal_lm"
-        self.own_loss = task == "causal_lm" and adds_other_losses(self.model)
+        self.own_loss = task == "causal_lm" and adds_other_losses(self.trained)
 
     # ---- data and optimiser ---------------------------------------------------------------------------------------------
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self.order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             if self.adapter is None:
-                groups = _full_groups(self.model, self.base_lr, self.decay)
+                groups = _full_groups(self.trained, self.base_lr, self.decay)
             else:
-                groups = st.param_groups(self.model, lr=self.base_lr, weight_decay=self.decay)
+                groups = st.param_groups(self.trained, lr=self.base_lr, weight_decay=self.decay)
             kinds = {p.device.type for g in groups for p in g["params"]}
             self.optimizer = torch.optim.AdamW(groups, lr=self.base_lr, fused=kinds <= {"cpu", "cuda"})
         return self.optimizer
@@ -101,13 +99,18 @@ class SlimTrainer(Trainer):
         return 0  # the Trainer's estimate walks the whole model at every step; tokens per second say more
 
     # ---- one step -------------------------------------------------------------------------------------------------------
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: Tensor | int | None = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         self.tokens += int(inputs["attention_mask"].sum())
         if self.own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.task == "causal_lm":
-            loss = causal_loss(model, inputs, num_items_in_batch, unwrapped=self.model)
+            loss = causal_loss(model, inputs, num_items_in_batch, unwrapped=self.trained)
         else:
             loss = classification_loss(model, inputs, num_items_in_batch)
         # Data-parallel processes average their gradients, and each has divided by the items of all of them.
@@ -116,16 +119,35 @@ class SlimTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
-            raise RecipeError(f"the loss became {float(loss)} at step {self.state.global_step + 1}", where=str(self.folder.path),
-                              hint="lower lr, lengthen warmup, or use dtype: float32; `slimtune inspect data RECIPE` shows the data")
-        return loss / self.accelerator.num_processes if self.accelerator.num_processes > 1 else loss
+            raise RecipeError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                where=str(self.folder.path),
+                hint="lower lr, lengthen warmup, or use dtype: float32; `slimtune inspect data RECIPE` shows the data",
+            )
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(float(norm)):
-            raise RecipeError(f"the gradient became {float(norm)} at step {self.state.global_step + 1}", where=str(self.folder.path),
-                              hint="lower lr, lengthen warmup, or use dtype: float32")
+            raise RecipeError(
+                f"the gradient became {float(norm)} at step {self.state.global_step + 1}",
+                where=str(self.folder.path),
+                hint="lower lr, lengthen warmup, or use dtype: float32",
+            )
         return norm
+
+    def anyone(self, asked: bool) -> bool:
+        """True on every process when it is true on one: they must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return self._total(int(asked)) > 0
+
+    def tokens_everywhere(self) -> int:
+        """Tokens (without padding) that all processes have trained on."""
+        return self._total(self.tokens)
+
+    def _total(self, count: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).sum())
 
     # ---- figures --------------------------------------------------------------------------------------------------------
     def start_clock(self) -> None:
@@ -136,9 +158,7 @@ class SlimTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.seconds = time.perf_counter() - self.since
-            all_processes = torch.tensor(float(self.tokens - self.logged[0]), device=self.args.device)
-            recent = float(self.accelerator.reduce(all_processes, "sum"))
-            logs["loss"] *= self.accelerator.num_processes  # each process logged its own share of the step's mean
+            recent = self._total(self.tokens - self.logged[0])
             logs["tokens"] = self.tokens
             logs["seconds"] = round(self.seconds, 3)
             logs["tokens_per_second"] = round(recent / max(1e-9, self.seconds - self.logged[1]), 1)
@@ -168,13 +188,12 @@ class SlimTrainer(Trainer):
         self._save_rng_state(str(work))
         if self.args.should_save:
             if self.adapter is not None:
-                st.save(self.model, work / "adapter", name=self.adapter)
-            tensors = {k: v.detach().cpu().contiguous() for k, v in trained_tensors(self.model, self.adapter).items()}
-            safetensors.torch.save_file(tensors, work / STATE)
+                st.save(self.trained, work / "adapter", name=self.adapter)
+            write_tensors(self.trained, self.adapter, work)
             self.state.save_to_json(str(work / "trainer_state.json"))
             self.seconds = time.perf_counter() - self.since
             write_json(work / PROGRESS, {"step": self.state.global_step, "tokens": self.tokens, "seconds": self.seconds})
-            _flush(work)
+            flush(work)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             os.replace(work, final)
@@ -182,17 +201,11 @@ class SlimTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        try:
-            saved = safetensors.torch.load_file(folder / STATE)
-        except (OSError, safetensors.SafetensorError) as e:
-            raise FormatError(f"this checkpoint is damaged: {e}", where=str(folder), hint="delete it and resume from the one before") from e
-        live = trained_tensors(self.model, self.adapter)
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
-            raise FileError("this checkpoint belongs to another model or method", where=str(folder), hint="resume with the run's own recipe")
-        with torch.no_grad():
-            for key, value in live.items():
-                value.copy_(saved[key])
+        self.restore(Path(resume_from_checkpoint))
+
+    def restore(self, folder: Path) -> None:
+        """Take over a checkpoint's tensors and counters."""
+        read_tensors(self.trained, self.adapter, folder)
         progress = read_json(folder / PROGRESS)
         self.tokens, self.seconds = int(progress["tokens"]), float(progress["seconds"])
 
@@ -200,7 +213,7 @@ class SlimTrainer(Trainer):
 class _FollowEpochs(TrainerCallback):
     """Tells the order which epoch begins, from the step count (a resumed run begins in the middle of one)."""
 
-    def __init__(self, order: EpochOrder, args: TrainingArguments, rows: int) -> None:
+    def __init__(self, order: LengthGroupedSampler, args: TrainingArguments, rows: int) -> None:
         batches = math.ceil(rows / (args.train_batch_size * args.world_size))
         self.order, self.steps = order, max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
@@ -214,13 +227,3 @@ def _full_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         {"params": [p for p in params if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
     ]
-
-
-def _flush(folder: Path) -> None:
-    """Make sure a folder's files are on disk before it gets its final name."""
-    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -7,6 +7,7 @@ so the loader and the dumper here share one small table of scalar patterns, and 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import yaml
@@ -24,7 +25,7 @@ _SCALARS = [
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # start from nothing: the YAML 1.1 patterns must not apply
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -35,8 +36,8 @@ for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 # YAML 1.1 reads a leading zero as octal; people who type `seed: 007` mean seven.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(str(node.value)))
 
 
 def _to_float(text: str) -> float:
@@ -87,16 +88,29 @@ def parse_flat(text: str) -> tuple[dict[str, Entry], list[str]]:
     return entries, problems
 
 
-def parse_override(text: str) -> tuple[str, Entry] | str:
-    """Read one `key=value` from the command line; the value is a YAML scalar or an inline list. Returns a problem as text."""
+def parse_override(text: str, texts: Collection[str] = ()) -> tuple[str, Entry] | str:
+    """Read one `key=value` from the command line.
+
+    Args:
+        text: the argument; its value is a YAML scalar or an inline list.
+        texts: keys whose value is text, taken as it is where YAML makes something else of it (`prompt_template=Review: {text}`).
+
+    Returns:
+        The key and its entry; or a problem, as text.
+    """
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
         return f"override `{text}`: write key=value, for example lr=1e-3"
     try:
-        return key, Entry(yaml.load(value, Loader=_Loader), f"override {text}")
+        read = yaml.load(value, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return f"override `{text}`: the value is not valid YAML; put quotes around it"
+        if key not in texts:
+            return f"override `{text}`: the value is not valid YAML; put quotes around it"
+        read = value
+    if key in texts and read is not None and not isinstance(read, str):
+        read = value
+    return key, Entry(read, f"override {text}")
 
 
 def dump_value(value: Any) -> str:

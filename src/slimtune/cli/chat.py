@@ -1,0 +1,32 @@
+"""slimtune chat RUN"""
+
+from __future__ import annotations
+
+
+def run(run_dir: str) -> None:
+    """Talk with the adapted model until an empty line or Ctrl-D.
+
+    Args:
+        run_dir: the run folder.
+    """
+    from slimtune.train.reopen import reopen
+    from slimtune.train.speak import speak
+
+    opened = reopen(run_dir, rows=False)
+    opened.job.must_generate()
+    job, turns = opened.job, list[dict[str, str]]()
+    print("an empty line or Ctrl-D ends the talk" + ("" if job.chats else "; this model was trained without turns, so it sees each line alone"))
+    while True:
+        try:
+            line = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            return
+        turns = [*turns, {"role": "user", "content": line}] if job.chats else []
+        tokens = job.turn_tokens(turns) if job.chats else job.prompt_tokens(line)
+        print("model> ", end="", flush=True)
+        answer = speak(job, tokens, 256, show=lambda piece: print(piece, end="", flush=True))
+        print()
+        turns = [*turns, {"role": "assistant", "content": answer}]

@@ -1,0 +1,195 @@
+"""Fingerprint of a base model: what tells it from another one, whatever its dtype, quantisation, adapters or merges.
+
+Two parts: the structure (shapes of all weights, block numbers taken out) and samples: a few values of up to 96 tensors spread over the model.
+Equal dtypes must agree to the bit. Between dtypes the finer samples are rounded to the coarser type first, where all but a few must
+agree; a base that was trained further does not pass that, since its values moved by more than rounding. Tensors that are
+quantised on one side are compared by the size of their difference only.
+"""
+
+from __future__ import annotations
+
+import base64
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.errors import FormatError
+from slimtune.files.layouts.patterns import base_modules
+from slimtune.files.place import kind_at
+
+TENSORS, VALUES, QUANTISED = 96, 4, 4
+_CODES = {torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_COARSE = "dfhb"  # coarser types later
+_QUANTISED, _UNSEEN = "q", "-"
+_CACHE: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Fingerprint]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of a base.
+
+    Attributes:
+        structure: weight name with block numbers as "*" -> {shape: how many}.
+        types: one letter for each sampled tensor: its dtype, "q" quantised, "-" not looked at.
+        values: [len(types), VALUES] float32; zeros where not looked at.
+        names: of the sampled tensors; not kept in files, since the structure decides them.
+    """
+
+    structure: dict[str, dict[str, int]]
+    types: str
+    values: Tensor
+    names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {"structure": self.structure, "types": self.types, "values": base64.b64encode(bytes(self.values.flatten().view(torch.uint8).tolist())).decode()}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Fingerprint:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        try:
+            raw = bytearray(base64.b64decode(data["values"], validate=True))
+            values = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.zeros(0)
+            return Fingerprint(data["structure"], data["types"], values.reshape(len(data["types"]), VALUES))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(f"the fingerprint of the base cannot be read: {error}") from None
+
+    def compare(self, now: Fingerprint) -> list[str]:
+        """Return what differs in words, nothing if both are of the same base; `self` is the older one."""
+        out = []
+        for name in [*self.structure, *(n for n in now.structure if n not in self.structure)]:
+            old, new = self.structure.get(name, {}), now.structure.get(name, {})
+            if old != new:
+                out.append(f"{name}: {_counts(old)} when it was saved, {_counts(new)} here")
+        return out or self._compare_values(now)
+
+    def _compare_values(self, now: Fingerprint) -> list[str]:
+        if len(self.types) != len(now.types):
+            return ["its weights were sampled in another way"]
+        off: dict[str, int] = {}
+        seen, wrong, allowed = 0, 0, 0.0
+        far, size = 0.0, 0.0
+        for i, (a, b) in enumerate(zip(self.types, now.types, strict=True)):
+            x, y = self.values[i], now.values[i]
+            if _UNSEEN in (a, b):
+                continue
+            if _QUANTISED in (a, b):
+                far, size = far + float((x - y).square().sum()), size + float(x.square().sum())
+                continue
+            bad = _unequal(x, y, a, b)
+            seen, wrong, allowed = seen + VALUES, wrong + bad, allowed + VALUES * _share(a, b)
+            if bad:
+                off[now.names[i]] = bad
+        out = []
+        if wrong > allowed:
+            first = ", ".join(sorted(off, key=lambda n: -off[n])[:3])
+            how = "it is another model" if wrong > 0.9 * seen else "it was trained further, or is another model"
+            out.append(f"{wrong} of {seen} sampled weights differ, as in {first}: {how}")
+        if far > 0.16 * size:
+            out.append(f"the quantised weights are off by {(far / size) ** 0.5 if size else 1:.0%}, more than quantisation does")
+        return out
+
+
+def _unequal(x: Tensor, y: Tensor, a: str, b: str) -> int:
+    """Return how many values differ by more than rounding."""
+    if a != b:
+        coarse = _DTYPES[max(a, b, key=_COARSE.index)]
+        near = (x - y).abs() <= (6e-8 if "h" in (a, b) else 0.0)  # the spacing of the smallest float16
+        x, y = x.to(coarse).float(), y.to(coarse).float()
+        return int((~(near | (x == y) | (x.isnan() & y.isnan()))).sum())
+    return int((~((x == y) | (x.isnan() & y.isnan()))).sum())
+
+
+def _share(a: str, b: str) -> float:
+    """Return which share of values may differ: none within a dtype; some where rounding twice can go either way."""
+    return 0.0 if a == b else 0.2 if {a, b} == {"h", "b"} else 0.02
+
+
+def _counts(shapes: dict[str, int]) -> str:
+    return ", ".join(f"{n} x {shape}" for shape, n in shapes.items()) or "none"
+
+
+def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint:
+    """Return the fingerprint of a model's base; adapters do not count, merged ones must be lifted out by the caller.
+
+    Args:
+        model: any module.
+        without: paths of modules to leave out, with everything below them.
+    """
+    without = tuple(sorted(without))
+    skip = tuple(f"{p}." for p in without)
+    found: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+    seen: set[int] = set()
+    for path, module in base_modules(model).items():
+        for name, p in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if p is not None and id(p) not in seen and not full.startswith(skip):
+                seen.add(id(p))
+                found[full] = (module, name, p)
+    groups: dict[str, list[str]] = {}
+    structure: dict[str, dict[str, int]] = {}
+    for full, (module, name, p) in found.items():
+        star = ".".join("*" if part.isdigit() else part for part in full.split("."))
+        groups.setdefault(star, []).append(full)
+        shape = "x".join(map(str, _shape(module, name, p))) or "1"
+        counts = structure.setdefault(star, {})
+        counts[shape] = counts.get(shape, 0) + 1
+    chosen = _choose(groups)
+    key = (without, tuple((n, id(found[n][2]), 0 if found[n][2].is_inference() else found[n][2]._version) for n in chosen), str(structure))
+    cached = _CACHE.get(model)
+    if cached is None or cached[0] != key:
+        types, values = _sample([found[n] for n in chosen])
+        cached = (key, Fingerprint(structure, types, values, tuple(chosen)))
+        _CACHE[model] = cached
+    return cached[1]
+
+
+def _shape(module: nn.Module, name: str, p: nn.Parameter) -> tuple[int, ...]:
+    if p.is_floating_point():
+        return tuple(p.shape)
+    kind = kind_at(module)
+    return kind.shape(module, name) if kind.quantised and name == "weight" else tuple(p.shape)
+
+
+def _choose(groups: dict[str, list[str]]) -> list[str]:
+    """Return up to TENSORS names, spread over all groups and, within one, over the blocks."""
+    each = max(TENSORS // max(len(groups), 1), 1)
+    chosen = []
+    for names in groups.values():
+        n = min(each, len(names))
+        chosen += [names[round(i * (len(names) - 1) / max(n - 1, 1))] for i in range(n)]
+    step = max(len(chosen) / TENSORS, 1)
+    return [chosen[int(i * step)] for i in range(int(len(chosen) / step))]
+
+
+def _sample(chosen: list[tuple[nn.Module, str, nn.Parameter]]) -> tuple[str, Tensor]:
+    types, parts = "", []
+    quantised = sorted((p.numel(), i) for i, (m, n, p) in enumerate(chosen) if n == "weight" and kind_at(m).quantised)
+    small = {i for _, i in quantised[:QUANTISED]}
+    with torch.no_grad():
+        for i, (module, name, p) in enumerate(chosen):
+            t: Tensor | None = None
+            code = _UNSEEN
+            if p.device.type == "meta" or p.numel() == 0 or hasattr(p, "device_mesh"):
+                pass
+            elif i in small:
+                t, code = kind_at(module).read(module, name), _QUANTISED
+            elif p.dtype in _CODES and not (name == "weight" and kind_at(module).quantised):
+                t, code = p, _CODES[p.dtype]
+            if t is None:
+                parts.append(torch.zeros(VALUES))
+            else:
+                at = torch.tensor([(int((k + 0.5) * t.numel() / VALUES) + 7919 * k) % t.numel() for k in range(VALUES)], device=t.device)
+                parts.append(torch.take(t, at).float())
+            types += code
+        values = torch.stack([v.cpu() for v in parts]) if parts else torch.zeros(0, VALUES)
+    return types, values

@@ -1,0 +1,67 @@
+"""Held-out examples for the report: the prompt, what was expected, and the answers before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from slimtune.train.candidates import answer_of
+from slimtune.train.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from slimtune.train.job import Job
+
+Row = dict[str, Any]
+_SAMPLES = 3
+
+
+def samples(job: Job, rows: Sequence[Row], before: Evaluation | None, after: Evaluation | None) -> list[dict[str, str]]:
+    """Three held-out examples with both answers: one that training put right, one right both times, one still wrong.
+
+    Free text is written out by the model as it is now and, where an adapter can be switched off, without it.
+
+    Args:
+        job: model, tokenizer and data.
+        rows: the held-out rows that before and after were measured on.
+        before, after: the figures with each row's answer.
+    """
+    if after is None or not after.labels:
+        return _written(job, rows[:_SAMPLES])
+    names, new = after.labels, after.predictions
+    old = before.predictions if before is not None else new
+    wanted = [_expected(job, r) for r in rows]
+    outcomes = [(names[o] == w, names[n] == w) for o, n, w in zip(old, new, wanted, strict=True)]
+    chosen: list[int] = []
+    for kind in [(False, True), (True, True), (False, False), (True, False)]:
+        chosen += [i for i, k in enumerate(outcomes) if k == kind][:1]
+    for i in range(len(rows)):
+        chosen += [i] if i not in chosen else []
+    return [
+        {"prompt": _shown(job, rows[i]), "expected": wanted[i], "before": names[old[i]] if before else "", "after": names[new[i]]}
+        for i in chosen[:_SAMPLES]
+    ]
+
+
+def _written(job: Job, rows: Sequence[Row]) -> list[dict[str, str]]:
+    import slimtune as st
+    from slimtune.train.speak import speak
+
+    found = []
+    for row in rows:
+        prompt, rest = job.prompt_of(row), row["input_ids"]
+        expected = job.text(rest[len(prompt) :] if job.format == "text" else answer_of(row)).strip()
+        room = min(64, len(rest) - len(prompt) + 8)
+        before = ""
+        if job.recipe.method != "full":
+            with st.disabled(job.model):
+                before = speak(job, prompt, room).strip()
+        found.append({"prompt": job.text(prompt), "expected": expected, "before": before, "after": speak(job, prompt, room).strip()})
+    return found
+
+
+def _expected(job: Job, row: Row) -> str:
+    return job.labels[row["label"]] if job.task == "classification" else job.text(answer_of(row)).strip()
+
+
+def _shown(job: Job, row: Row) -> str:
+    return job.text(row["input_ids"] if job.task == "classification" else job.prompt_of(row)).strip()

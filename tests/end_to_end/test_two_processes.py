@@ -1,0 +1,66 @@
+"""Two CPU processes (gloo) give the adapter that one process gives with the doubled batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+from slimtune.cli import train as command
+from slimtune.train.report import read_metrics
+from slimtune.train.runs import read_json
+
+CASES = {
+    "causal": {"task": "causal_lm"},
+    "accumulated": {"task": "causal_lm", "accumulate": 2},
+    "classifier": {"task": "classification"},
+}
+RUN = "import sys; from slimtune.cli import train\nfor recipe in sys.argv[1:]: train.run(recipe, [], resume=False)"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case trained on two processes, in one launch."""
+    root = tmp_path_factory.mktemp("two")
+    tiny.llama(root / "causal_lm")
+    tiny.bert(root / "classification")
+    tiny.reviews(root / "data", train=48)
+    script = root / "train.py"
+    script.write_text(RUN)
+    recipes = [str(recipe(root, name, processes=2)) for name in CASES]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *recipes]
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("report:") == len(CASES), "one process speaks"
+    return root
+
+
+def recipe(root: Path, name: str, processes: int) -> Path:
+    case = CASES[name]
+    return tiny.recipe(
+        root / f"{name}-{processes}", model=root / case["task"], data=root / "data", name="a", out="run", epochs=2, batch_size=8 // processes, **case
+    )
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_processes_equal_one_with_twice_the_batch(world: Path, name: str) -> None:
+    command.run(str(recipe(world, name, processes=1)), [], resume=False)
+    one, two = (world / f"{name}-{n}" / "run" for n in (1, 2))
+    a, b = (safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    assert a.keys() == b.keys()
+    assert any(t.abs().max() > 1e-2 for t in a.values()), "something was learnt"
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-5, rtol=1e-3)
+    mine, theirs = (read_metrics(run / "metrics.jsonl") for run in (one, two))
+    assert [r["loss"] for r in mine if "loss" in r] == pytest.approx([r["loss"] for r in theirs if "loss" in r], rel=1e-4)
+    x, y = (read_json(run / "summary.json") for run in (one, two))
+    assert x["tokens"] == y["tokens"]
+    assert x["accuracy_after"] == y["accuracy_after"]
+    assert x["loss_after"] == pytest.approx(y["loss_after"], rel=1e-4)

@@ -1,0 +1,190 @@
+"""Targets: what each role means on each architecture, and errors that help."""
+
+import re
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import nn
+
+import slimtune as st
+from slimtune.core.errors import SpecError, TargetError
+from slimtune.core.targets import candidates, find_modules, heads, kind_of, matches
+
+LINEAR = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
+BERT = {"q": {"query"}, "k": {"key"}, "v": {"value"}, "o": {"attention.output.dense"}, "up": {"intermediate.dense"}, "down": {"output.dense"}}
+BART = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"out_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"lm_head"}}
+FUSED = {"qkv": {"query_key_value"}, "o": {"self_attention.dense"}, "up": {"dense_h_to_4h"}, "down": {"dense_4h_to_h"}, "head": {"lm_head"}}
+MEANT = {  # the ends of the paths each role must match; a role that is not named must match nothing
+    "llama": {
+        "q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "gate": {"gate_proj"}, "up": {"up_proj"}, "down": {"down_proj"},
+        "head": {"lm_head"},
+    },
+    "mixtral": {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "head": {"lm_head"}, "experts": {"mlp.experts"}},
+    "gpt2": {"qkv": {"c_attn"}, "o": {"attn.c_proj"}, "up": {"c_fc"}, "down": {"mlp.c_proj"}, "head": {"lm_head"}},
+    "bloom": FUSED,
+    "falcon": FUSED,
+    "bert": BERT | {"head": {"classifier"}},
+    "distilbert": {
+        "q": {"q_lin"}, "k": {"k_lin"}, "v": {"v_lin"}, "o": {"out_lin"}, "up": {"lin1"}, "down": {"lin2"},
+        "head": {"classifier", "pre_classifier"},
+    },
+    "deberta": BERT | {"q": {"query_proj"}, "k": {"key_proj"}, "v": {"value_proj"}, "head": {"classifier", "pooler.dense"}},
+    "modernbert": {"qkv": {"Wqkv"}, "o": {"attn.Wo"}, "up": {"mlp.Wi"}, "down": {"mlp.Wo"}, "head": {"classifier", "head.dense"}},
+    "t5": {
+        "q": {"Attention.q"}, "k": {"Attention.k"}, "v": {"Attention.v"}, "o": {"Attention.o"}, "up": {"DenseReluDense.wi"},
+        "down": {"DenseReluDense.wo"}, "head": {"lm_head"},
+    },
+    "bart": BART,
+    "vit": {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"classifier"}},
+    "whisper": BART | {"head": {"proj_out"}},
+}  # fmt: skip
+
+
+def linears(model: nn.Module, role: str) -> set[str]:
+    out = heads(model)
+    found = {p for p, m in candidates(model).items() if matches(role, p, m, out)}
+    return {p for p in found if kind_of(model.get_submodule(p)).name in {"linear", "experts"}}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_roles(name: str) -> None:
+    model = getattr(tiny, name)()
+    meant = MEANT[name]
+    covered: set[str] = set()
+    for role in (*LINEAR, "experts", "head"):
+        hit = linears(model, role)
+        ends = meant.get(role, set())
+        assert bool(hit) == bool(ends), f"{role}: {sorted(hit)}"
+        assert all(p.endswith(tuple(ends)) for p in hit), f"{role}: {sorted(hit)}"
+        assert all(any(p.endswith(e) for p in hit) for e in ends), f"{role}: {sorted(hit)} lacks one of {ends}"
+        assert not covered & hit, f"{role} overlaps another role: {covered & hit}"
+        covered |= hit
+    assert linears(model, "attention") == set().union(*(linears(model, r) for r in LINEAR[:5]))
+    assert linears(model, "mlp") == set().union(*(linears(model, r) for r in LINEAR[5:]))
+    every = {p for p, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    routers = {p for p in every if "router" in p or p.endswith("mlp.gate")}
+    assert linears(model, "all-linear") == every - linears(model, "head") - routers
+    stray = linears(model, "all-linear") - covered
+    assert all(re.search(r"pooler|pos_(key|query)_proj", p) for p in stray), f"linear layers without a role: {stray}"
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_norms_and_embeddings(name: str) -> None:
+    model = getattr(tiny, name)()
+    out = heads(model)
+    norms = {p for p, m in model.named_modules() if "norm" in type(m).__name__.lower() and list(m.parameters(recurse=False)) and p not in out}
+    assert norms == {p for p, m in candidates(model).items() if matches("norm", p, m, out)}
+    words = model.get_input_embeddings()
+    if isinstance(words, nn.Embedding):
+        assert matches("embedding", "", words, set())
+
+
+def test_gated_t5() -> None:
+    model = tiny.t5(gated=True)
+    assert {p.split(".")[-1] for p in linears(model, "gate")} == {"wi_0"}
+    assert {p.split(".")[-1] for p in linears(model, "up")} == {"wi_1"}
+
+
+def test_patterns() -> None:
+    model = tiny.llama()
+    for targets, wanted in {
+        "q_proj": r"model\.layers\.\d\.self_attn\.q_proj",
+        "self_attn.q_proj": r"model\.layers\.\d\.self_attn\.q_proj",
+        ("q_proj", "mlp.up_proj"): r"model\.layers\.\d\.(self_attn\.q_proj|mlp\.up_proj)",
+        "*.layers.0.*proj": r"model\.layers\.0\..*proj",
+        "layers.1.mlp.*": r"model\.layers\.1\.mlp\..*proj",
+        r"re:.*\.[12]\.self_attn\.[qv]_proj": r"model\.layers\.[12]\.self_attn\.[qv]_proj",
+        r".*\.(q|v)_proj": r".*\.(q|v)_proj",
+        "lm_head": "lm_head",
+        "layers.0.*": r"model\.layers\.0\..*proj",
+        "model.layers.*.q_proj": r"model\.layers\.\d\.self_attn\.q_proj",
+    }.items():
+        hit = find_modules(model, targets, None, (), usable=lambda m: isinstance(m, nn.Linear))
+        every = {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(wanted, p)}
+        assert set(hit) == every, targets
+    assert len(find_modules(model, r"re:q_proj|.*\.layers\.0\.mlp\.up_proj", None, ())) == 1, "a regex must match the full path"
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"), [("last:1", {2}), ("first:2", {0, 1}), ("0", {0}), ("0,2", {0, 2}), ("1-2", {1, 2}), (" 0 , 1-2", {0, 1, 2}), ("last:9", {0, 1, 2})]
+)
+def test_layers(layers: str, wanted: set[int]) -> None:
+    hit = find_modules(tiny.llama(), "q", layers, ())
+    assert {int(p.split(".")[2]) for p in hit} == wanted
+
+
+@pytest.mark.parametrize("layers", ["9", "2-9,9", "last:x", "", "a", "1-", "-1", "last:0"])
+def test_layers_that_cannot_be(layers: str) -> None:
+    with pytest.raises((SpecError, TargetError)) as error:
+        st.attach(tiny.llama(), st.LoRA(targets="q", layers=layers))
+    assert error.value.hint
+
+
+def test_layers_hold_for_each_stack() -> None:
+    hit = find_modules(tiny.t5(), "q", "last:1", ())
+    assert {p.split(".layer.")[0] for p in hit} == {"encoder.block.1", "decoder.block.1"}
+
+
+def test_exclude() -> None:
+    hit = find_modules(tiny.llama(), "all-linear", None, ("mlp", "layers.0.*"))
+    assert {p.split(".")[2] for p in hit} == {"1", "2"}
+    assert {p.split(".")[3] for p in hit} == {"self_attn"}
+    hit = find_modules(tiny.llama(), "all-linear", None, ("model.layers.1", "o"))
+    assert not [p for p in hit if ".1." in p or p.endswith("o_proj")]
+    with pytest.raises(TargetError, match="exclude pattern 'q_prj' matches no module"):
+        find_modules(tiny.llama(), "all-linear", None, ("q_prj",))
+    with pytest.raises(TargetError, match="no module is left"):
+        find_modules(tiny.llama(), "q", None, ("attention",))
+
+
+@pytest.mark.parametrize(
+    ("targets", "what", "hint"),
+    [
+        ("q_prj", "'q_prj' matches no module", "q_proj"),
+        (("q_proj", "down_prj"), "'down_prj' matches no module", "down_proj"),
+        ("atention", "matches no module", "attention"),
+        ("all_linear", "matches no module", "all-linear"),
+        ("self_attn", "names only modules that cannot carry", "q_proj"),
+        ("re:(", "not a valid regex", "re:"),
+        ("qkv", "'qkv' matches no module", "q_proj"),
+        ("*.nothing.*", "matches no module", "q_proj"),
+    ],
+)
+def test_dead_patterns(targets: object, what: str, hint: str) -> None:
+    model = tiny.llama()
+    with pytest.raises(TargetError) as error:
+        st.attach(model, st.LoRA(targets=targets))
+    assert what in error.value.what
+    assert hint in error.value.hint
+    assert "slim_state" not in model.__dict__
+
+
+def test_the_model_itself_can_be_a_site() -> None:
+    model = nn.Linear(8, 8)
+    x = torch.randn(3, 8)
+    base = model(x)
+    st.attach(model, st.LoRA(r=2))
+    nn.init.ones_(next(iter(model.slim_state.adapters["default"].ops.values())).B)
+    assert not torch.equal(model(x), base)
+    with st.disabled(model):
+        assert torch.equal(model(x), base)
+    st.detach(model, "default")
+    assert type(model) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper", "gpt2", "t5"])
+def test_embeddings_are_what_they_say_or_refused(name: str) -> None:
+    """Subclasses of nn.Embedding that look up something else than their input must not be taken for plain ones."""
+    model = getattr(tiny, name)()
+    sample = {
+        "whisper": {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.tensor([[3, 4, 5], [3, 6, 7]])},
+        "gpt2": {"input_ids": torch.tensor([[3, 4, 5], [3, 6, 7]])},
+    }.get(name, {"input_ids": torch.tensor([[3, 4, 5], [3, 6, 7]]), "decoder_input_ids": torch.tensor([[2, 4, 5], [2, 6, 7]])})
+    st.attach(model, st.LoRA(r=2, targets="embedding"))
+    for p in model.slim_state.adapters["default"].parameters():
+        nn.init.normal_(p, std=0.3)
+    with torch.no_grad():
+        out = model(**sample).logits
+        st.merge(model)
+        assert torch.allclose(model(**sample).logits, out, atol=1e-4)
