@@ -1,11 +1,15 @@
 """The options of LoRA that change its arithmetic pass the suite like LoRA itself; the suite finds ops that are wrong."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.core.op import Op
+from slimtune.core.site import Site
 from slimtune.methods.lora import LoRAOp
 from slimtune.testing import CASES, PROPERTIES, Check, check_method, checks
 from slimtune.testing.cases import case
@@ -48,6 +52,23 @@ def test_every_plan_compiles(method: str) -> None:
             check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["batched_mm", "grouped_mm"])
+def test_experts_compile_in_the_forms_that_can(how: str) -> None:
+    """The plain loop over experts cannot be one graph, with or without an adapter; transformers' other two forms can."""
+    plain = case("experts")
+
+    def make(dtype: torch.dtype) -> nn.Module:
+        model = plain.make(dtype)
+        model.body.config._experts_implementation = how
+        return model
+
+    fit = dataclasses.replace(plain, make=make, compiles=True, name=how, dtype=torch.float32, rtol=1e-5)
+    for check in checks("lora", cases=[fit], compile_all=True):
+        if check.name.startswith("compiled"):
+            check()
+
+
 # ---- wrong methods must fail ------------------------------------------------------------------------------------------
 class ForgetsScale(LoRAOp):
     def delta(self) -> Tensor:
@@ -77,8 +98,18 @@ class CutsTheGradient(Slow):
         return super().run(x.detach(), y, host)
 
 
-class Hides(LoRAOp):
-    roles = {"A": "down"}  # B would not be saved
+class Hides(Slow):
+    """Trains a tensor that it does not declare, so that no file has it."""
+
+    def __init__(self, site: Site, *args: Any) -> None:
+        super().__init__(site, *args)
+        self.shift = nn.Parameter(torch.zeros(site.b, dtype=site.dtype))
+
+    def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        return super().run(x, y, host) + self.shift
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return self.shift if b is None else b + self.shift
 
 
 WRONG = {
@@ -114,7 +145,7 @@ def test_a_refusal_without_a_place_is_caught(monkeypatch: pytest.MonkeyPatch) ->
         raise st.SlimtuneError("no")
 
     monkeypatch.setattr(module, "build", vague)
-    with pytest.raises(AssertionError, match="names no place|has no hint"):
+    with pytest.raises(AssertionError, match=r"names no place|has no hint"):
         check_method("lora", cases=["block"])
 
 

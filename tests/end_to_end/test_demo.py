@@ -30,9 +30,12 @@ KEYS = [
 
 def test_whole_demo_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.llama(tmp_path / "model")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "recipe.yaml").write_text("name: demo\nmodel: x\n")
+    (tmp_path / "demo" / "stale.txt").write_text("of an earlier demo")
     small = ["limit_train=48", "limit_test=60", "layers=last:1", "dtype=float32"]
-    for _ in range(2):  # a second demo replaces the first
-        figures = demo(str(tmp_path / "model"), compare=True, out=str(tmp_path / "demo"), settings=small)
+    figures = demo(str(tmp_path / "model"), compare=True, out=str(tmp_path / "demo"), settings=small)
+    assert not (tmp_path / "demo" / "stale.txt").exists()
     assert list(figures) == KEYS
     assert figures == read_json(tmp_path / "demo" / "summary.json")
     assert figures["predictions_agree"] is True

@@ -12,8 +12,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from slimtune.cli import chat, generate, merge
 from slimtune.cli import eval as eval_command
-from slimtune.cli import generate, merge
 from slimtune.cli import train as command
 from slimtune.core.errors import CapabilityError, FileError, RecipeError, SlimtuneError
 from slimtune.train.reopen import reopen
@@ -210,7 +210,7 @@ def test_settings_that_change_how_not_what(world: Path, settings: dict[str, obje
 
 
 @pytest.mark.parametrize("kind", ["text", "messages", "prompt+completion"])
-def test_every_shape_of_data(world: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_shape_of_data(world: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = world / f"data-{kind}"
     folder.mkdir(exist_ok=True)
     source = [json.loads(line) for line in (world / "data" / "train.jsonl").read_text().splitlines()][:24]
@@ -235,6 +235,11 @@ def test_every_shape_of_data(world: Path, kind: str, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     generate.run(str(run), ["red stone"], 3)
     assert capsys.readouterr().out
+    lines = iter(["red stone", "blue cloud", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("slimtune.cli.chat.LONGEST", 4)
+    chat.run(str(run))
+    assert capsys.readouterr().out.count("model> ") == 2
 
 
 @pytest.mark.parametrize("settings", [{"lr": "1e30", "clip": 0}, {"lr": "1e38"}])

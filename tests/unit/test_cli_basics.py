@@ -271,3 +271,18 @@ def test_methods_come_from_the_registry(capsys: pytest.CaptureFixture[str]) -> N
     assert "rank" in out
     assert main(["methods", "lara"]) == 2
     assert "lora" in capsys.readouterr().err
+
+
+def test_inspect_an_adapter_of_another_library(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (world / "other").mkdir()
+    save_file(
+        {f"base_model.model.h.{i}.mlp.lora_{r}.weight": torch.ones(2, 8) for i in range(2) for r in "AB"}, world / "other/adapter_model.safetensors"
+    )
+    (world / "other/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    assert main(["inspect", "other"]) == 0
+    out = capsys.readouterr().out
+    for part in ("another library", "rank", "2 x h.*.mlp", "norm of lora_B", "4"):
+        assert part in out, part

@@ -107,7 +107,10 @@ def test_patterns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "wanted"), [("last:1", {2}), ("first:2", {0, 1}), ("0", {0}), ("0,2", {0, 2}), ("1-2", {1, 2}), (" 0 , 1-2", {0, 1, 2}), ("last:9", {0, 1, 2})]
+    ("layers", "wanted"),
+    [
+        ("last:1", {2}), ("first:2", {0, 1}), ("0", {0}), ("0,2", {0, 2}), ("1-2", {1, 2}), (" 0 , 1-2", {0, 1, 2}), ("last:9", {0, 1, 2}),
+    ],
 )
 def test_layers(layers: str, wanted: set[int]) -> None:
     hit = find_modules(tiny.llama(), "q", layers, ())

@@ -138,7 +138,7 @@ def test_accuracy_by_candidate_likelihood(answers: list[list[int]]) -> None:
     assert found is not None
     assert sorted(found.answers) == sorted(tuple(a) for a in answers)
     assert found.single_token == all(len(c) == 1 for c in found.cores)
-    result = evaluate_causal(model, examples, PAD, found, budget=40)
+    result = evaluate_causal(model, examples, PAD, found, batch_rows=3)
     keep = len(found.suffix)
     for e, p in zip(examples, result.predictions, strict=True):
         prompt = [t for t, y in zip(e["input_ids"], e["labels"], strict=True) if y == IGNORE]
@@ -179,7 +179,7 @@ def test_classifier_figures() -> None:
     )
     model = BertForSequenceClassification(config)
     examples = [{"input_ids": r["input_ids"], "label": i % 3} for i, r in enumerate(rows(10, [[5, 6]]))]
-    result = evaluate_classifier(model, examples, PAD, ["a", "b", "c"], budget=30)
+    result = evaluate_classifier(model, examples, PAD, ["a", "b", "c"], batch_rows=4)
     model.eval()
     with torch.no_grad():
         logits = torch.cat([model(input_ids=torch.tensor([e["input_ids"]])).logits for e in examples])
@@ -190,12 +190,11 @@ def test_classifier_figures() -> None:
     assert result.perplexity is None
 
 
-def test_batches_hold_every_row_once_within_the_budget() -> None:
+def test_batches_hold_every_row_once_longest_first() -> None:
     lengths = [3, 50, 7, 7, 20, 1, 33]
-    batches = length_sorted_batches(lengths, budget=60)
+    batches = length_sorted_batches(lengths, 3)
+    assert [[lengths[i] for i in b] for b in batches] == [[50, 33, 20], [7, 7, 3], [1]]
     assert sorted(i for b in batches for i in b) == list(range(7))
-    assert all(len(b) * max(lengths[i] for i in b) <= 60 for b in batches)
-    assert max(lengths[i] for i in batches[0]) == 50
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

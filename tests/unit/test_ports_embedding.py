@@ -89,14 +89,14 @@ def test_tied_head_keeps_its_weight() -> None:
 def test_refusals() -> None:
     for options in ({"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
         with pytest.raises(st.SlimtuneError, match=next(iter(options))):
-            st.attach(nn.Sequential(nn.Embedding(5, 4, **options)), LORA)
+            st.attach(nn.Sequential(nn.Embedding(5, 4, **options)), st.LoRA(targets=("0",)))
 
     class Shifted(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return super().forward(ids + 2)
 
     with pytest.raises(st.SlimtuneError, match="forward of its own"):
-        st.attach(nn.Sequential(Shifted(9, 4)), LORA)
+        st.attach(nn.Sequential(Shifted(9, 4)), st.LoRA(targets=("0",)))
     with pytest.raises(st.SlimtuneError, match="cannot be dropped"):
         st.attach(build(), st.LoRA(targets="embedding", dropout=0.1))
     with pytest.raises(st.SlimtuneError, match="takes no bias"):

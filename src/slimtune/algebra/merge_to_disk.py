@@ -137,7 +137,7 @@ def _touches(module: nn.Module, param: str, chain: Chain, prefix: str) -> set[st
     """Return the names, below the module, of the parameters that a chain changes."""
     kind = kind_at(module)
     names = {id(p): n for n, p in module.named_parameters() if not n.startswith("slim.")}
-    ops = [op for link in chain for op, _ in link]
+    ops: list[Any] = [op for link in chain for op, _ in link]
     found = set()
     if any(hasattr(op, "weight") for op in ops):
         read = kind.read(module, param)
@@ -189,7 +189,8 @@ def _dense_linear(module: nn.Module, prefix: str, chains: list[tuple[str, Chain]
     out = {f"{prefix}weight": (torch.bfloat16, kind.shape(module, "weight"), weight_now)}
     if bias is not None:
         return out | {f"{prefix}bias": (torch.bfloat16, tuple(bias.shape), bias_now)}
-    if chains and any(op.bias(None) is not None for link in chains[0][1] for op, _ in link if hasattr(op, "bias")):
+    ops: list[Any] = [op for _, chain in chains for link in chain for op, _ in link]
+    if any(op.bias(None) is not None for op in ops if hasattr(op, "bias")):
         _no_bias(module, prefix)
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 256  # tokens of an answer
+
 
 def run(run_dir: str) -> None:
     """Talk with the adapted model until an empty line or Ctrl-D.
@@ -27,6 +29,6 @@ def run(run_dir: str) -> None:
         turns = [*turns, {"role": "user", "content": line}] if job.chats else []
         tokens = job.turn_tokens(turns) if job.chats else job.prompt_tokens(line)
         print("model> ", end="", flush=True)
-        answer = speak(job, tokens, 256, show=lambda piece: print(piece, end="", flush=True))
+        answer = speak(job, tokens, LONGEST, show=lambda piece: print(piece, end="", flush=True))
         print()
         turns = [*turns, {"role": "assistant", "content": answer}]

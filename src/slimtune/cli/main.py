@@ -7,6 +7,7 @@ A user's mistake ends in a message, a hint and exit code 2; Ctrl-C in 130; only 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -150,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it tells of an optional kernel that is not installed
     try:
         app(args=None if arguments is None else list(arguments), prog_name="slimtune")
     except SystemExit as stop:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from slimtune.core.errors import MergeError, NameInUse, SiteError, SpecError, TargetError
-from slimtune.core.host import KeepPlan, Rooted, generalise, host, specialise, unhost, wrap_checkpoints
+from slimtune.core.host import KeepPlan, Rooted, check_rows, generalise, host, specialise, unhost, wrap_checkpoints
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan, Which
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
 from slimtune.ports.attention import switch_fast_path
+from slimtune.ports.quantised import exact_packing
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 
@@ -114,6 +115,8 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         model.slim_state = state  # type: ignore[assignment]
         specialise(model, Rooted)
         wrap_checkpoints(model, state)
+        if hasattr(model, "main_input_name"):
+            model.register_forward_pre_hook(check_rows, with_kwargs=True)
     adapter = Adapter(name, spec, trainable=True)
     for site, op in built:
         slot = host(site.module, state, site.kind, site.path)
@@ -124,6 +127,7 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         slot.put(name, key, op)
         adapter.ops[(site.path, key)] = op
     switch_fast_path(model, state)
+    exact_packing(model, True)
     state.adapters[name] = adapter
     return adapter
 
@@ -149,7 +153,10 @@ def detach(model: nn.Module, name: str) -> None:
     if name in state.default.names:
         state.settle(Plan.of(None))
     if not state.adapters:
+        exact_packing(model, False)
         generalise(model, Rooted)
+        for key in [k for k, hook in model._forward_pre_hooks.items() if hook is check_rows]:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
         del model.__dict__["slim_state"]
         for module in model.modules():
             func = module.__dict__.get("_gradient_checkpointing_func")

@@ -103,6 +103,18 @@ class Rooted:
         wrap_checkpoints(self, self.slim_state)  # type: ignore[arg-type]
 
 
+def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a transformers model: rows= must fit the batch, which modules deep inside may only see flattened."""
+    if torch.compiler.is_compiling():
+        return
+    plan = model.slim_state.current()  # type: ignore[union-attr, operator]
+    if plan.size is None:
+        return
+    main = kwargs.get(model.main_input_name, args[0] if args else None)  # type: ignore[arg-type]
+    if isinstance(main, Tensor):
+        plan.selectors(main.shape[0], main.device, "(the model)", type(model).__name__)
+
+
 def wrap_checkpoints(model: nn.Module, state: State) -> None:
     """Make the checkpoint functions that transformers keeps on its blocks keep the plan as well."""
     for module in model.modules():

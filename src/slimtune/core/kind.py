@@ -158,7 +158,7 @@ class Kind:
         return 0
 
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run `base` and fold the plan's ops over it; the default serves every one-tensor-in, one-tensor-out module."""
         x, rest, kw = split_input(args, kwargs)

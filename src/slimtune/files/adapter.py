@@ -20,7 +20,16 @@ from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, state_of, unwrap
 from slimtune.files.card import card, is_ours
 from slimtune.files.container import (
-    CONVERT, MAX_JSON, OWN, TensorFile, check_sum, own_metadata, parse_json, read_bytes, read_tensors, write_tensors,
+    CONVERT,
+    MAX_JSON,
+    OWN,
+    TensorFile,
+    check_sum,
+    own_metadata,
+    parse_json,
+    read_bytes,
+    read_tensors,
+    write_tensors,
 )  # fmt: skip
 from slimtune.files.fingerprint import Fingerprint, fingerprint
 from slimtune.files.layouts.base import PREFIX, Layout, Place, Taker
@@ -227,7 +236,8 @@ class _Torn(Exception):
 def _read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     notes: list[str] = []
     if not folder.is_dir():
-        raise FileError(f"there is no folder {folder}", where=str(folder.absolute()), hint="give a local folder; a hub adapter has to be fetched first")
+        hint = "give a local folder; a hub adapter has to be fetched first"
+        raise FileError(f"there is no folder {folder}", where=str(folder.absolute()), hint=hint)
     weights, config_path = folder / WEIGHTS, folder / CONFIG
     config = None
     if _exists(config_path):
@@ -236,7 +246,8 @@ def _read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, 
             raise FormatError(f"{CONFIG} does not name its peft_type", where=str(config_path), hint="it is no adapter's config, or damaged")
     if not _exists(weights):
         if _exists(folder / "adapter_model.bin"):
-            raise FormatError("the adapter is a pickle, which can run any code when opened", where=str(folder / "adapter_model.bin"), hint=f"in that folder: {CONVERT}")
+            where = str(folder / "adapter_model.bin")
+            raise FormatError("the adapter is a pickle, which can run any code when opened", where=where, hint=f"in that folder: {CONVERT}")
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         raise FileError(
             f"{folder} holds no {WEIGHTS}", where=str(folder.absolute()), hint=f"adapters in folders below it: {', '.join(inside[:8]) or 'none'}"
@@ -251,8 +262,9 @@ def _read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, 
         notes.append("the checksum was not looked at")
     else:
         check_sum(file)
-    if about.get("slimtune_format") != FORMAT:
-        raise FormatError(f"the file is of format {str(about.get('slimtune_format'))[:20]}, this slimtune reads {FORMAT}", where=str(weights), hint="upgrade slimtune")
+    if type(about.get("slimtune_format")) is not int or about["slimtune_format"] != FORMAT:
+        theirs = str(about.get("slimtune_format"))[:20]
+        raise FormatError(f"the file is of format {theirs}, this slimtune reads {FORMAT}", where=str(weights), hint="upgrade slimtune")
     if config is None:
         notes.append(f"{CONFIG} is missing, perhaps since a save was cut off; save again so that other libraries can read the adapter, too")
     elif config_digest(config) != about.get("config"):
@@ -285,7 +297,9 @@ def _own(file: TensorFile, about: dict[str, Any]) -> tuple[Spec, list[Place], Ta
         spec = Spec.from_dict(about["spec"])
     except SlimtuneError as error:
         raise FormatError(
-            f"the adapter's recipe cannot be read: {error.what}", where=str(file.path), hint="import the package that registers its method, or upgrade slimtune"
+            f"the adapter's recipe cannot be read: {error.what}",
+            where=str(file.path),
+            hint="import the package that registers its method, or upgrade slimtune",
         ) from None
     places = [Place(**p) for p in about["places"]]
     for p in places:
@@ -293,9 +307,9 @@ def _own(file: TensorFile, about: dict[str, Any]) -> tuple[Spec, list[Place], Ta
             raise FormatError("the list of ops is malformed", where=str(file.path))
     if len({(p.path, p.key) for p in places}) != len(places) or any(p.key.startswith("slim") or not p.key for p in places):
         raise FormatError("the list of ops is malformed", where=str(file.path))
-    names = {n.removeprefix(PREFIX): n for n in file.entries}
-    names |= {k.removeprefix(PREFIX): v for k, v in about["same"].items()}
-    return spec, places, Taker(file, names), layout_of(str(about["type"]), file.path)
+    layout = layout_of(str(about["type"]), file.path)
+    names = layout.names(file) | {k.removeprefix(PREFIX): v for k, v in about["same"].items()}
+    return spec, places, Taker(file, names), layout
 
 
 def _same_base(model: nn.Module, about: dict[str, Any], places: list[Place], folder: Path, allowed: frozenset[str]) -> list[str]:

@@ -83,12 +83,13 @@ def read_bytes(path: Path, limit: int | None = None) -> bytearray:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a FIFO must not hang us
     except OSError as error:
         raise FileError(f"cannot read {path.name}: {error.strerror}", where=str(path), hint="check the path and its permissions") from None
-    with os.fdopen(handle, "rb") as f:
-        info = os.fstat(f.fileno())
+    info = os.fstat(handle)
+    if not stat.S_ISREG(info.st_mode) or (limit is not None and info.st_size > limit):
+        os.close(handle)
         if not stat.S_ISREG(info.st_mode):
             raise FormatError(f"{path.name} is no regular file", where=str(path), hint="a folder with two plain files is expected")
-        if limit is not None and info.st_size > limit:
-            raise FormatError(f"{path.name} has {info.st_size:,} bytes, more than the {limit:,} allowed", where=str(path))
+        raise FormatError(f"{path.name} has {info.st_size:,} bytes, more than the {limit:,} allowed", where=str(path))
+    with os.fdopen(handle, "rb") as f:
         try:
             return bytearray(f.read())
         except (OSError, MemoryError) as error:
@@ -132,7 +133,7 @@ def read_tensors(path: Path) -> TensorFile:
     def bad(reason: str, hint: str = "the file is damaged: fetch or save it again") -> FormatError:
         return FormatError(f"{path.name} is not a valid safetensors file: {reason}", where=str(path), hint=hint)
 
-    if raw[:2] == b"PK" or raw[:1] == b"\x80":
+    if raw[8:9] != b"{" and (raw[:2] == b"PK" or raw[:1] == b"\x80"):
         raise bad("it is a pickle (a torch.save file), which can run any code when opened", CONVERT)
     if len(raw) < 10:
         raise bad(f"it has only {len(raw)} bytes")

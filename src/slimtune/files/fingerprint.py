@@ -47,7 +47,8 @@ class Fingerprint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
-        return {"structure": self.structure, "types": self.types, "values": base64.b64encode(bytes(self.values.flatten().view(torch.uint8).tolist())).decode()}
+        raw = bytes(self.values.flatten().view(torch.uint8).tolist())
+        return {"structure": self.structure, "types": self.types, "values": base64.b64encode(raw).decode()}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Fingerprint:
@@ -75,7 +76,7 @@ class Fingerprint:
     def _compare_values(self, now: Fingerprint) -> list[str]:
         if len(self.types) != len(now.types):
             return ["its weights were sampled in another way"]
-        off: dict[str, int] = {}
+        off: dict[str, float] = {}  # name -> how far its samples moved, by their own size
         seen, wrong, allowed = 0, 0, 0.0
         far, size = 0.0, 0.0
         for i, (a, b) in enumerate(zip(self.types, now.types, strict=True)):
@@ -88,11 +89,11 @@ class Fingerprint:
             bad = _unequal(x, y, a, b)
             seen, wrong, allowed = seen + VALUES, wrong + bad, allowed + VALUES * _share(a, b)
             if bad:
-                off[now.names[i]] = bad
+                off[now.names[i]] = float((x - y).norm() / x.norm().clamp(min=1e-30))
         out = []
         if wrong > allowed:
-            first = ", ".join(sorted(off, key=lambda n: -off[n])[:3])
-            how = "it is another model" if wrong > 0.9 * seen else "it was trained further, or is another model"
+            first = ", ".join(list(off)[:3])
+            how = "it is another model" if sorted(off.values())[len(off) // 2] > 0.5 else "it was trained further"
             out.append(f"{wrong} of {seen} sampled weights differ, as in {first}: {how}")
         if far > 0.16 * size:
             out.append(f"the quantised weights are off by {(far / size) ** 0.5 if size else 1:.0%}, more than quantisation does")
@@ -144,13 +145,18 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
         counts = structure.setdefault(star, {})
         counts[shape] = counts.get(shape, 0) + 1
     chosen = _choose(groups)
-    key = (without, tuple((n, id(found[n][2]), 0 if found[n][2].is_inference() else found[n][2]._version) for n in chosen), str(structure))
+    key = (without, tuple((n, *_stamp(found[n][2])) for n in chosen), str(structure))
     cached = _CACHE.get(model)
     if cached is None or cached[0] != key:
         types, values = _sample([found[n] for n in chosen])
         cached = (key, Fingerprint(structure, types, values, tuple(chosen)))
         _CACHE[model] = cached
     return cached[1]
+
+
+def _stamp(p: nn.Parameter) -> tuple[Any, ...]:
+    """Return what changes when a parameter is written to, moved or cast."""
+    return id(p), p.dtype, 0 if p.device.type == "meta" else p.data_ptr(), 0 if p.is_inference() else p._version
 
 
 def _shape(module: nn.Module, name: str, p: nn.Parameter) -> tuple[int, ...]:

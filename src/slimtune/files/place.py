@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from slimtune.core.attach import check_name
-from slimtune.core.errors import FormatError, MergeError, MismatchError, NameInUse, SiteError, SlimtuneError, closest
+from slimtune.core.errors import FileError, FormatError, MergeError, MismatchError, NameInUse, SiteError, SlimtuneError, closest
 from slimtune.core.host import Rooted, Slot, generalise, host, specialise, unhost, wrap_checkpoints
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
@@ -80,7 +80,9 @@ def module_at(model: nn.Module, path: str, where: str) -> nn.Module:
             paths = base_modules(model)
             like = [p for p in paths if p.endswith(path.rpartition(".")[2])]
             raise MismatchError(
-                f"the file adapts {path!r}, which this model does not have", where=where, hint=f"closest: {closest(path, like or paths)}; is it the right base?"
+                f"the file adapts {path!r}, which this model does not have",
+                where=where,
+                hint=f"closest: {closest(path, like or paths)}; is it the right base?",
             )
     assert module is not None
     return module
@@ -112,7 +114,7 @@ def make_ops(
         kind = kind_at(module)
         if place.port not in kind.ports:
             raise MismatchError(f"a {kind.name} has no place for an op at its {place.port}", where=f"{place.path} ({type(module).__name__})")
-        if place.port == "weight" and place.param not in kind.names(module):
+        if place.param not in kind.names(module) and (place.port, place.param) not in {("input", "weight"), ("output", "weight")}:
             raise MismatchError(f"{place.path} ({type(module).__name__}) has no weight {place.param!r}", where=where)
         if problem := kind.problem(module):
             raise SiteError(problem, where=place.path)
@@ -129,9 +131,8 @@ def make_ops(
         wants = op.expects(module)
         if set(tensors) != set(wants):
             raise MismatchError(f"the file holds {sorted(tensors)} for {place}, its method needs {sorted(wants)}", where=where)
-        bad = [
-            f"{place} {n}: {list(t.shape)} in the file, {list(wants[n])} here" for n, t in tensors.items() if t is not None and tuple(t.shape) != wants[n]
-        ]
+        odd = {n: t.shape for n, t in tensors.items() if t is not None and tuple(t.shape) != wants[n]}
+        bad = [f"{place} {n}: {list(shape)} in the file, {list(wants[n])} here" for n, shape in odd.items()]
         wrong += bad
         whole = {n: t for n, t in tensors.items() if t is not None}
         if not bad and len(whole) == len(tensors):
@@ -248,8 +249,10 @@ def one_error(where: str) -> Iterator[None]:
     try:
         yield
     except SlimtuneError as error:
-        if isinstance(error, (FormatError, MismatchError, OSError)):
-            raise
+        if isinstance(error, FileError):
+            if error.where:
+                raise
+            raise type(error)(error.what, where=where, hint=error.hint) from None
         raise MismatchError(error.what, where=error.where or where, hint=error.hint) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise FormatError(f"the adapter cannot be read: {type(error).__name__}: {str(error)[:300]}", where=where) from error

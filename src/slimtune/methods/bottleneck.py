@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,11 @@ class BottleneckOp(Op):
     def __init__(self, site: Site, m: int, nonlinearity: str, scale: float) -> None:
         super().__init__(site)
         self.nonlinearity, self.scale, self.m = nonlinearity, scale, m
-        new = {"device": site.device, "dtype": site.dtype}
-        self.down_w = nn.Parameter(torch.empty(m, site.b, **new))  # type: ignore[arg-type]
-        self.down_b = nn.Parameter(torch.zeros(m, **new))  # type: ignore[arg-type]
-        self.up_w = nn.Parameter(torch.zeros(site.b, m, **new))  # type: ignore[arg-type]
-        self.up_b = nn.Parameter(torch.zeros(site.b, **new))  # type: ignore[arg-type]
+        new: Any = {"device": site.device, "dtype": site.dtype}
+        self.down_w = nn.Parameter(torch.empty(m, site.b, **new))
+        self.down_b = nn.Parameter(torch.zeros(m, **new))
+        self.up_w = nn.Parameter(torch.zeros(site.b, m, **new))
+        self.up_b = nn.Parameter(torch.zeros(site.b, **new))
         if not site.blank:
             nn.init.kaiming_uniform_(self.down_w, a=math.sqrt(5))
 

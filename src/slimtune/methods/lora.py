@@ -100,7 +100,7 @@ class LoRAOp(Additive):
         if type(r) is not int or not 0 < r < 2**24 or not isinstance(scale, (int, float)) or flags != {bool} or len(settings) != 5:
             raise SpecError(f"these are no settings of a LoRA: {str(settings)[:200]}", where=str(site))
         self.r, self.scale = r, float(scale)
-        new = {"device": self.A.device, "dtype": self.A.dtype}
+        new: dict[str, Any] = {"device": self.A.device, "dtype": self.A.dtype}
         shape_a, shape_b = site.kind.factor_shapes(site.module, site.param, r)
         shape_a = site.kind.layouts(site.module, site.param, r)[-1] if wide else shape_a
         for name, shape in (("A", shape_a), ("B", shape_b)):

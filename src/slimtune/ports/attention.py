@@ -39,63 +39,63 @@ class AttentionKind(Kind):
     takes_bias = True
     drops = False
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return isinstance(module, nn.MultiheadAttention)
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
+    def names(self, module: Any) -> tuple[str, ...]:
         return ("in_proj_weight", "out_proj") if module._qkv_same_embed_dim else (*SEPARATE, "out_proj")
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
         return tuple(self.read(module, param).shape)
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        return module.out_proj.weight if param == "out_proj" else getattr(module, param)  # type: ignore[union-attr, return-value]
+    def read(self, module: Any, param: str) -> Tensor:
+        return module.out_proj.weight if param == "out_proj" else getattr(module, param)  # type: ignore[no-any-return]
 
-    def bias(self, module: nn.Module, param: str) -> Tensor | None:
+    def bias(self, module: Any, param: str) -> Tensor | None:
         if param == "out_proj":
-            return module.out_proj.bias  # type: ignore[union-attr, return-value]
-        whole: Tensor | None = module.in_proj_bias  # type: ignore[assignment]
+            return module.out_proj.bias  # type: ignore[no-any-return]
+        whole: Tensor | None = module.in_proj_bias
         return whole if whole is None or param not in SEPARATE else whole[_part(module, param)]
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         if param == "out_proj":
-            return install(module.out_proj, weight=weight, bias=bias)  # type: ignore[arg-type]
+            return install(module.out_proj, weight=weight, bias=bias)
         if param == "in_proj_weight":
             return install(module, in_proj_weight=weight, in_proj_bias=bias)
         if bias is not None:
-            e: int = module.embed_dim  # type: ignore[assignment]
+            e: int = module.embed_dim
             old = module._parameters["in_proj_bias"]
             whole = bias.new_zeros(3 * e) if old is None else old.detach().to(bias.dtype).clone()
             whole[_part(module, param)] = bias
             bias = whole
         return install(module, **{param: weight, "in_proj_bias": bias})
 
-    def row_dim(self, module: nn.Module) -> int:
+    def row_dim(self, module: Any) -> int:
         return 0 if module.batch_first else 1
 
     # ---- the forward --------------------------------------------------------------------------------------------
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-        chain = plan.uniform(host.slim)  # type: ignore[arg-type]
+        chain = plan.uniform(host.slim)
         if chain is not None:
             return self._attend(host, chain, **given)
         if given["query"].dim() != 3:
             raise PlanError(
-                "rows= cannot be told apart in an unbatched input", where=f"{host.slim.path} ({type(host).__name__})", hint="add a batch dimension"  # type: ignore[union-attr]
+                "rows= cannot be told apart in an unbatched input", where=f"{host.slim.path} ({type(host).__name__})", hint="add a batch dimension"
             )
         return self._attend_rows(host, base, plan, given)
 
-    def _attend_rows(self, host: nn.Module, base: Callable[..., Any], plan: Plan, given: dict[str, Any]) -> Any:
+    def _attend_rows(self, host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, Any]) -> Any:
         dim, slot = self.row_dim(host), host.slim
         query: Tensor = given["query"]
         batch = query.shape[dim]
         y = weights = None
-        selectors = plan.selectors(batch, query.device, slot.path, type(host).__name__)  # type: ignore[arg-type, union-attr]
+        selectors = plan.selectors(batch, query.device, slot.path, type(host).__name__)
         for rows, (_, links) in zip(selectors, plan.segments, strict=True):
             part = self._rows_of(host, given, rows, dim, batch)
-            chain = slot.chain(links)  # type: ignore[operator, union-attr]
+            chain = slot.chain(links)
             out, w = self._attend(host, chain, **part) if chain else base(**part)
             y = query.new_zeros(*query.shape[:-1], out.shape[-1]) if y is None else y
             y = put(y, rows, out, dim)
@@ -104,7 +104,7 @@ class AttentionKind(Kind):
                 weights = put(weights, rows, w, 0)
         return y, weights
 
-    def _rows_of(self, host: nn.Module, given: dict[str, Any], rows: slice | Tensor, dim: int, batch: int) -> dict[str, Any]:
+    def _rows_of(self, host: Any, given: dict[str, Any], rows: slice | Tensor, dim: int, batch: int) -> dict[str, Any]:
         """Return the arguments of some rows of the batch; the same tensor given twice stays the same tensor."""
         cut: dict[int, Tensor] = {}
         part = dict(given)
@@ -150,9 +150,9 @@ class AttentionKind(Kind):
         return leaving(host, [x] * len(after), y, after), weights
 
 
-def _part(module: nn.Module, param: str) -> slice:
+def _part(module: Any, param: str) -> slice:
     """Return where the bias of a separate projection lies in in_proj_bias."""
-    e: int = module.embed_dim  # type: ignore[assignment]
+    e: int = module.embed_dim
     i = SEPARATE.index(param)
     return slice(i * e, (i + 1) * e)
 

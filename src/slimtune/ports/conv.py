@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from slimtune.core.errors import CapabilityError
 from slimtune.core.host import base_class
@@ -43,30 +44,30 @@ class ConvKind(Kind):
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return isinstance(module, CONVS[self.n - 1])
 
-    def problem(self, module: nn.Module) -> str:
-        if isinstance(module._parameters.get("weight"), nn.parameter.UninitializedTensorMixin):
+    def problem(self, module: Any) -> str:
+        if isinstance(module._parameters.get("weight"), UninitializedParameter):
             return "the weight of this lazy convolution does not exist yet: call the model once before"
-        if base_class(module).forward is not CONVS[self.n - 1].forward:
+        if base_class(module).forward is not CONVS[self.n - 1].forward:  # type: ignore[attr-defined]
             return f"{type(module).__name__} has a forward of its own, so what a change of its weight does is not known"
         return ""
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
-        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)  # type: ignore[operator, misc]
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
+        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
 
-    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
-        return module.in_channels, module.out_channels  # type: ignore[return-value]
+    def widths(self, module: Any, param: str) -> tuple[int, int]:
+        return module.in_channels, module.out_channels
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        return module.weight  # type: ignore[return-value]
+    def read(self, module: Any, param: str) -> Tensor:
+        return module.weight  # type: ignore[no-any-return]
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         return install(module, weight=weight, bias=bias)
 
-    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
-        return self._convolve(x, weight.to(x.dtype), host, host.groups)  # type: ignore[arg-type]
+    def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
+        return self._convolve(x, weight.to(x.dtype), host, host.groups)
 
     def _convolve(self, x: Tensor, kernel: Tensor, host: Any, groups: int) -> Tensor:
         padding = host.padding
@@ -79,12 +80,12 @@ class ConvKind(Kind):
         return v.view(-1, *[1] * self.n)  # [b] -> [b, 1, ...], which fits batched and unbatched outputs
 
     # ---- low rank -----------------------------------------------------------------------------------------------
-    def factor_shapes(self, module: nn.Module, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, module: Any, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         b, *rest = self.shape(module, param)
         return (r, *rest), (b, self.inner_rank(module, r), *[1] * self.n)
 
-    def layouts(self, module: nn.Module, param: str, r: int) -> list[tuple[int, ...]]:
-        wide = (r, module.in_channels, *module.kernel_size)  # type: ignore[misc]
+    def layouts(self, module: Any, param: str, r: int) -> list[tuple[int, ...]]:
+        wide = (r, module.in_channels, *module.kernel_size)
         return list(dict.fromkeys([self.factor_shapes(module, param, r)[0], wide]))
 
     def adopt(self, A: Tensor, B: Tensor) -> Tensor:
@@ -106,19 +107,19 @@ class ConvKind(Kind):
         small = torch.cat(parts, 0)
         return small if torch.equal(self.widen(small, groups), A) else None
 
-    def rank_problems(self, module: nn.Module, param: str, r: int) -> list[str]:
-        groups: int = module.groups  # type: ignore[assignment]
+    def rank_problems(self, module: Any, param: str, r: int) -> list[str]:
+        groups: int = module.groups
         if r % groups:
-            return [f"the rank must be a multiple of the {groups} groups, not {r} (rank_pattern= sets it for single modules, exclude= leaves them out)"]
+            return [f"the rank must be a multiple of the {groups} groups, not {r}: set it with rank_pattern=, or leave the layer out with exclude="]
         return []
 
-    def inner_rank(self, module: nn.Module | None, r: int) -> int:
+    def inner_rank(self, module: Any | None, r: int) -> int:
         assert module is not None, "a convolution's groups are not known without the module"
-        return r // module.groups  # type: ignore[operator]
+        return r // module.groups  # type: ignore[no-any-return]
 
-    def matrices(self, weight: Tensor, module: nn.Module | None) -> Tensor:
+    def matrices(self, weight: Tensor, module: Any | None) -> Tensor:
         assert module is not None, "a convolution's groups are not known without the module"
-        g: int = module.groups  # type: ignore[assignment]
+        g: int = module.groups
         return weight.reshape(g, weight.shape[0] // g, -1)  # [g, b/g, a/g * k]
 
     def pack(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -141,16 +142,16 @@ class ConvKind(Kind):
         b = B.reshape(g, B.shape[0] // g, B.shape[1])  # [g, b/g, r/g]
         return (b @ a).reshape(shape)
 
-    def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
-        groups = host.in_channels // A.shape[1]  # type: ignore[operator]  # one group for the wide layout
+    def down(self, x: Tensor, A: Tensor, host: Any) -> Tensor:
+        groups = host.in_channels // A.shape[1]  # one group for the wide layout
         return self._convolve(x, A, host, groups)
 
-    def up(self, h: Tensor, B: Tensor, host: nn.Module) -> Tensor:
+    def up(self, h: Tensor, B: Tensor, host: Any) -> Tensor:
         return PRODUCTS[self.n - 1](h, B, groups=host.groups)
 
     # ---- the forward --------------------------------------------------------------------------------------------
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         x = args[0] if args else kwargs["input"]
         if x.dim() == self.n + 1 and plan.size is not None:  # unbatched: one row, whatever its number of channels

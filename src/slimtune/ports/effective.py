@@ -35,10 +35,10 @@ def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module
         for op, w in link:
             _check(op, plain, host)
             if hasattr(op, "weight"):
-                new = op.weight(W0)
+                new = op.weight(W0)  # type: ignore[operator]
                 W = new if w is None else W + w.to(work) * (new - W0)
             if hasattr(op, "bias"):
-                new_b = op.bias(b0)
+                new_b = op.bias(b0)  # type: ignore[operator]
                 if new_b is not None and w is not None:
                     zero = torch.zeros_like(new_b) if b0 is None else b0
                     new_b = (zero if b is None else b) + w.to(work) * (new_b - zero)

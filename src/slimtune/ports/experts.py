@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimtune.core.errors import SiteError
 from slimtune.core.fold import Chain, entering, leaving, put, take
@@ -51,12 +51,12 @@ class ExpertsKind(Kind):
     ports = ("weight", "output")
     params = ("gate_up_proj", "up_proj", "down_proj")
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         own = module.__dict__
         return "is_transposed" in own and "has_gate" in own and "num_experts" in own and "down_proj" in module._parameters
 
-    def problem(self, module: nn.Module) -> str:
-        dtypes = {module._parameters[p].dtype for p in self.names(module)}  # type: ignore[union-attr]
+    def problem(self, module: Any) -> str:
+        dtypes = {module._parameters[p].dtype for p in self.names(module)}
         if not dtypes <= set(FLOATS):
             return f"expert weights of type {', '.join(map(str, dtypes))} cannot be adapted: only float weights"
         if module.__dict__.get("_is_expert_parallel", False):
@@ -66,24 +66,24 @@ class ExpertsKind(Kind):
             return f'experts run by {implementation!r} cannot be adapted: model.set_experts_implementation("grouped_mm") first'
         return ""
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
+    def names(self, module: Any) -> tuple[str, ...]:
         return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        W: Tensor = module._parameters[param]  # type: ignore[assignment]
+    def read(self, module: Any, param: str) -> Tensor:
+        W: Tensor = module._parameters[param]
         return W.transpose(1, 2) if module.is_transposed else W
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
         return tuple(self.read(module, param).shape)
 
-    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
+    def widths(self, module: Any, param: str) -> tuple[int, int]:
         _, b, a = self.shape(module, param)
         return a, b
 
-    def bias(self, module: nn.Module, param: str) -> Tensor | None:
+    def bias(self, module: Any, param: str) -> Tensor | None:
         return None  # biases of experts are not adapted
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         if weight is not None and module.is_transposed:
             weight = weight.transpose(1, 2).contiguous()
         return install(module, **{param: weight})
@@ -101,11 +101,11 @@ class ExpertsKind(Kind):
         parts = [x[i:j] @ op.delta_of(e).to(x.dtype).t() for e, i, j in spans if j > i]
         return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], op.shape[1])])
 
-    def factor_shapes(self, module: nn.Module, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, module: Any, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         E, b, a = self.shape(module, param)
         return (E, r, a), (E, b, r)
 
-    def matrices(self, weight: Tensor, module: nn.Module | None) -> Tensor:
+    def matrices(self, weight: Tensor, module: Any | None) -> Tensor:
         return weight
 
     def pack(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -125,18 +125,18 @@ class ExpertsKind(Kind):
 
     # ---- the forward --------------------------------------------------------------------------------------------
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         x, index, weights = _arguments(host, args, kwargs)
-        chain = plan.uniform(host.slim)  # type: ignore[arg-type]
+        chain = plan.uniform(host.slim)
         if chain is not None:
             return self._run(host, chain, x, index, weights)
         out = torch.zeros_like(x)
         plan = plan if plan.expand else plan.expanded()
-        selectors = plan.selectors(x.shape[0], x.device, host.slim.path, type(host).__name__)  # type: ignore[arg-type, union-attr]
+        selectors = plan.selectors(x.shape[0], x.device, host.slim.path, type(host).__name__)
         for rows, (_, links) in zip(selectors, plan.segments, strict=True):
             part = take(x, rows, 0), take(index, rows, 0), take(weights, rows, 0)
-            chain = host.slim.chain(links)  # type: ignore[operator, union-attr]
+            chain = host.slim.chain(links)
             out = put(out, rows, self._run(host, chain, *part) if chain else base(*part), 0)
         return out
 
@@ -177,34 +177,34 @@ class ExpertsKind(Kind):
 class UnknownExpertsKind(ExpertsKind):
     """Modules with 3-D weights, one matrix for each of `num_experts`, whose forward nobody here knows: refused by name."""
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return bool(self.names(module))
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
+    def names(self, module: Any) -> tuple[str, ...]:
         E = module.__dict__.get("num_experts")
         return tuple(n for n, p in module._parameters.items() if E is not None and p is not None and p.dim() == 3 and p.shape[0] == E)
 
-    def problem(self, module: nn.Module) -> str:
+    def problem(self, module: Any) -> str:
         return f"how {type(module).__name__} uses its 3-D weights {', '.join(self.names(module))} is not known, so they cannot be adapted"
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        return module._parameters[param]  # type: ignore[return-value]
+    def read(self, module: Any, param: str) -> Tensor:
+        return module._parameters[param]  # type: ignore[no-any-return]
 
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        raise SiteError(self.problem(host), where=host.slim.path)  # type: ignore[union-attr, arg-type]
+        raise SiteError(self.problem(host), where=host.slim.path)
 
 
-def _arguments(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Return (hidden states, chosen experts, their weights) of a call, however they were passed."""
     found = list(args[:3])
     for names in (STATES, INDEX, WEIGHTS)[len(found) :]:
         given = [kwargs[name] for name in names if name in kwargs]
         if not given:
-            raise SiteError(f"an adapted {type(host).__name__} was called without {names[0]}", where=host.slim.path)  # type: ignore[union-attr, arg-type]
+            raise SiteError(f"an adapted {type(host).__name__} was called without {names[0]}", where=host.slim.path)
         found.append(given[0])
     x, index, weights = found
     if x.dim() != 2:
-        raise SiteError(f"expected tokens [n, hidden], got {list(x.shape)}", where=f"{host.slim.path} ({type(host).__name__})")  # type: ignore[union-attr]
+        raise SiteError(f"expected tokens [n, hidden], got {list(x.shape)}", where=f"{host.slim.path} ({type(host).__name__})")
     return x, index, weights

@@ -70,4 +70,4 @@ def each(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     """Return `grouped` in one data type: autocast's if it is on, else that of x."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return grouped(x.to(dtype), W.to(dtype), ends)
+    return grouped(x.to(dtype), W.to(dtype), ends)  # type: ignore[no-any-return]

@@ -30,14 +30,14 @@ class LinearKind(Kind):
     params = ("weight",)
     takes_bias = True
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return isinstance(module, nn.Linear)
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
-        return (module.out_features, module.in_features)  # type: ignore[return-value]
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
+        return (module.out_features, module.in_features)
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        weight: Tensor = module.weight  # type: ignore[assignment]
+    def read(self, module: Any, param: str) -> Tensor:
+        weight: Tensor = module.weight
         if weight.dtype not in FLOATS:
             raise MergeError(
                 f"a {base_class(module).__name__} keeps its weight as {weight.dtype}, and how to read that is not known",
@@ -45,33 +45,33 @@ class LinearKind(Kind):
             )
         return weight
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         return install(module, weight=weight, bias=bias)
 
-    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
 
     def forward(
-        self, host: nn.Module, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it."""
         chain = plan.uniform(host.slim)
         if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host):
             op, w = chain[0][0]
-            fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None
+            fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None  # type: ignore[operator]
             if fused is not None:
                 A, B, scale, p = fused
                 return linear_low_rank(args[0], host.weight, host.bias, A, B, scale if w is None else scale * float(w), p)
         return super().forward(host, base, plan, args, kwargs)
 
-    def down(self, x: Tensor, A: Tensor, host: nn.Module) -> Tensor:
+    def down(self, x: Tensor, A: Tensor, host: Any) -> Tensor:
         return F.linear(x, A)  # [n, a] @ [a, r] -> [n, r]
 
-    def up(self, h: Tensor, B: Tensor, host: nn.Module) -> Tensor:
+    def up(self, h: Tensor, B: Tensor, host: Any) -> Tensor:
         return F.linear(h, B)  # [n, r] @ [r, b] -> [n, b]
 
 
-def _frozen_plain(host: nn.Module) -> bool:
+def _frozen_plain(host: Any) -> bool:
     """Tell whether a host is a plain nn.Linear whose own parameters get no gradient and are no distributed tensors."""
     weight, bias = host._parameters["weight"], host._parameters["bias"]
     return base_class(host) is nn.Linear and type(weight) is nn.Parameter and not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -80,17 +80,17 @@ def _frozen_plain(host: nn.Module) -> bool:
 class Conv1DKind(LinearKind):
     """transformers' Conv1D (GPT-2): a linear layer with weight [a, b]."""
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return type(module).__name__ == "Conv1D" and "nf" in module.__dict__
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
-        a, b = module.weight.shape  # type: ignore[union-attr, misc]
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
+        a, b = module.weight.shape
         return (b, a)
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        return module.weight.T  # type: ignore[union-attr, return-value]
+    def read(self, module: Any, param: str) -> Tensor:
+        return module.weight.T  # type: ignore[no-any-return]
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         return super().write(module, param, None if weight is None else weight.T.contiguous(), bias)
 
 
@@ -100,10 +100,10 @@ class BlockKind(Kind):
     name = "module"
     ports = ("output",)
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return True
 
-    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
+    def widths(self, module: Any, param: str) -> tuple[int, int]:
         """Return the widths of the first and last linear map inside."""
         from slimtune.core.targets import kind_of
 
@@ -113,7 +113,7 @@ class BlockKind(Kind):
             return 0, 0
         return maps[0][0], maps[-1][1]
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
+    def names(self, module: Any) -> tuple[str, ...]:
         return ()
 
 

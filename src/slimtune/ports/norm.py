@@ -7,6 +7,7 @@ low-rank methods are refused here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +27,26 @@ class NormKind(Kind):
     ports = ("weight", "output")
     params = ("weight",)
 
-    def names(self, module: nn.Module) -> tuple[str, ...]:
+    def names(self, module: Any) -> tuple[str, ...]:
         return ("weight",) if module._parameters.get("weight") is not None else ()
 
-    def shape(self, module: nn.Module, param: str) -> tuple[int, ...]:
-        return tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+    def shape(self, module: Any, param: str) -> tuple[int, ...]:
+        return tuple(module.weight.shape)
 
-    def widths(self, module: nn.Module, param: str) -> tuple[int, int]:
-        d = module.weight.shape[-1]  # type: ignore[union-attr]
-        return d, d  # type: ignore[return-value]
+    def widths(self, module: Any, param: str) -> tuple[int, int]:
+        d = module.weight.shape[-1]
+        return d, d
 
-    def read(self, module: nn.Module, param: str) -> Tensor:
-        return module.weight  # type: ignore[return-value]
+    def read(self, module: Any, param: str) -> Tensor:
+        return module.weight  # type: ignore[no-any-return]
 
-    def write(self, module: nn.Module, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
+    def write(self, module: Any, param: str, weight: Tensor | None, bias: Tensor | None) -> Callable[[], None]:
         return install(module, weight=weight, bias=bias)
 
-    def rank_problems(self, module: nn.Module, param: str, r: int) -> list[str]:
+    def rank_problems(self, module: Any, param: str, r: int) -> list[str]:
         return [f"a norm's gain {list(self.shape(module, param))} is no matrix, so it has no low-rank delta: use st.BitFit or st.Dense on it"]
 
-    def factor_shapes(self, module: nn.Module, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, module: Any, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         raise SiteError(self.rank_problems(module, param, r)[0])
 
 
@@ -54,11 +55,11 @@ class LayerNormKind(NormKind):
 
     takes_bias = True
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return isinstance(module, nn.LayerNorm)
 
-    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
-        return F.layer_norm(x, host.normalized_shape, weight.to(x.dtype), None, host.eps)  # type: ignore[arg-type]
+    def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
+        return F.layer_norm(x, host.normalized_shape, weight.to(x.dtype), None, host.eps)
 
 
 class GroupNormKind(NormKind):
@@ -67,11 +68,11 @@ class GroupNormKind(NormKind):
     takes_bias = True
     channels_last = False
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return isinstance(module, nn.GroupNorm)
 
-    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
-        return F.group_norm(x, host.num_groups, weight.to(x.dtype), None, host.eps)  # type: ignore[arg-type]
+    def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
+        return F.group_norm(x, host.num_groups, weight.to(x.dtype), None, host.eps)
 
     def along_output(self, v: Tensor, y: Tensor) -> Tensor:
         return v.view(-1, *[1] * (y.dim() - 2))
@@ -80,7 +81,7 @@ class GroupNormKind(NormKind):
 class RMSNormKind(NormKind):
     """RMS norms: one parameter `weight` [d], an epsilon, no parts, a class name that ends with RMSNorm."""
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         if isinstance(module, nn.RMSNorm):
             return True
         if not type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) or any(name != "slim" for name in module._modules):
@@ -88,7 +89,7 @@ class RMSNormKind(NormKind):
         weight = module._parameters.get("weight")
         return set(module._parameters) == {"weight"} and weight is not None and weight.dim() == 1 and _eps(module) is not None
 
-    def apply(self, x: Tensor, weight: Tensor, host: nn.Module) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
         eps = _eps(host)
         if eps is None:  # torch's own may leave it to the data type
             eps = torch.finfo(x.dtype).eps
@@ -98,5 +99,5 @@ class RMSNormKind(NormKind):
         return (normed * weight).to(x.dtype)
 
 
-def _eps(module: nn.Module) -> float | None:
+def _eps(module: Any) -> float | None:
     return next((module.__dict__[key] for key in EPS if key in module.__dict__), None)

@@ -6,6 +6,7 @@ random weights under a fixed seed, so that two builds are equal to the bit.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,15 +134,17 @@ def _linear_no_bias(dtype: torch.dtype) -> nn.Module:
 
 
 def _hf_conv1d(dtype: torch.dtype) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
+    from transformers import pytorch_utils
 
-    return _box(Conv1D(64, 32), dtype)
+    module: nn.Module = pytorch_utils.Conv1D(64, 32)  # type: ignore[no-untyped-call]
+    return _box(module, dtype)
 
 
 def _embedding(dtype: torch.dtype) -> nn.Module:
-    model = _box(nn.Embedding(50, 32, padding_idx=0), dtype)
+    table = nn.Embedding(50, 32, padding_idx=0)
+    model = _box(table, dtype)
     with torch.no_grad():
-        model.body.weight[0] = 0
+        table.weight[0] = 0
     return model
 
 
@@ -149,8 +152,8 @@ def _ids(n: int, dtype: torch.dtype) -> Inputs:
     return (torch.randint(1, 50, (n, 5)),)
 
 
-def _mha(dtype: torch.dtype, batch_first: bool = True, **widths: int) -> nn.Module:
-    attention = nn.MultiheadAttention(32, 4, batch_first=batch_first, **widths)  # type: ignore[arg-type]
+def _mha(dtype: torch.dtype, batch_first: bool = True, **widths: Any) -> nn.Module:
+    attention = nn.MultiheadAttention(32, 4, batch_first=batch_first, **widths)
     return _rescale(SelfAttention(attention)).to(dtype)
 
 
@@ -179,7 +182,7 @@ def _transposed_experts(dtype: torch.dtype) -> nn.Module:
 
     config = GptOssConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
     config._experts_implementation = "eager"
-    return _box(GptOssExperts(config), dtype)
+    return _box(GptOssExperts(config), dtype)  # type: ignore[no-untyped-call]
 
 
 def _routed(n: int, dtype: torch.dtype) -> Inputs:
@@ -188,27 +191,25 @@ def _routed(n: int, dtype: torch.dtype) -> Inputs:
     return x, picks, torch.rand(n, 2, dtype=torch.float64).to(dtype)
 
 
-def _bnb(module: nn.Module) -> nn.Module:
+def _bnb(module: Any) -> nn.Module:
     model = Box(module)
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False  # on some CPUs the first call repacks the weight and rounds to bf16 from then on
     with torch.no_grad():
-        nn.init.normal_(module.weight, std=0.2)  # type: ignore[arg-type]
+        nn.init.normal_(module.weight, std=0.2)
     return model.to("cpu")  # this is where bitsandbytes quantises
 
 
 def _four_bit(quant_type: str) -> Callable[[torch.dtype], nn.Module]:
     def make(dtype: torch.dtype) -> nn.Module:
-        import bitsandbytes as bnb
-
+        bnb: Any = importlib.import_module("bitsandbytes")
         return _bnb(bnb.nn.Linear4bit(64, 32, quant_type=quant_type, compute_dtype=dtype).to(dtype))
 
     return make
 
 
 def _eight_bit(dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes")
     return _bnb(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
 
 

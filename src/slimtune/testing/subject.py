@@ -136,7 +136,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
             if quant is not None:
                 found |= {f"{key}.{k}": raw(v) for k, v in quant.as_dict(packed=True).items() if isinstance(v, Tensor)}
             if "SCB" in t.__dict__:  # the scales of an 8-bit weight move from the parameter to its module at the first call
-                scales = t.SCB if t.SCB is not None else module.state.SCB  # type: ignore[attr-defined, union-attr]
+                scales = t.SCB if t.SCB is not None else module.state.SCB
                 found[f"{key}.SCB"] = raw(scales)
     return found
 
@@ -152,14 +152,15 @@ def classes(model: nn.Module) -> dict[str, type]:
 @contextmanager
 def refused(*kinds: type[SlimtuneError], what: str, place: bool = False) -> Iterator[None]:
     """Assert that the block raises one of our own errors, with a hint and, if `place`, the module it speaks of."""
+    caught: SlimtuneError | None = None
     try:
         yield
     except kinds as error:
-        assert error.what, f"{what}: the error does not say what happened"
-        assert error.where or not place, f"{what}: the error names no place: {error}"
-        assert error.hint, f"{what}: the error has no hint: {error}"
-    else:
-        raise AssertionError(f"{what}: nothing was raised")
+        caught = error
+    assert caught is not None, f"{what}: nothing was raised"
+    assert caught.what, f"{what}: the error does not say what happened"
+    assert caught.where or not place, f"{what}: the error names no place: {caught}"
+    assert caught.hint, f"{what}: the error has no hint: {caught}"
 
 
 def gradients(model: nn.Module, name: str) -> list[Any]:

@@ -35,7 +35,7 @@ def only_active(s: Subject) -> None:
     assert len(grouped) == len(set(grouped)), "a parameter stands in two groups"
     assert set(grouped) == mine, "param_groups is not exactly what trains"
     optimiser = torch.optim.SGD(groups)
-    loss_of(run(model, s.case.inputs())).backward()
+    torch.autograd.backward(loss_of(run(model, s.case.inputs())))
     for (path, key), op in adapter_of(model, "a").ops.items():
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in op.parameters()), f"no gradient reaches {path} ({key})"
     optimiser.step()
@@ -91,7 +91,7 @@ def against_twin(s: Subject, model: nn.Module) -> None:
         (x,) = s.case.inputs()
         x.requires_grad_(True)
         out = run(m, (x,))
-        loss_of(out).backward()
+        torch.autograd.backward(loss_of(out))
         found.append((out, x.grad, gradients(m, "a")))
     close(found[0][0], found[1][0], "output against the dequantised twin", rtol)
     close(found[0][1], found[1][1], "gradient of the input against the dequantised twin", rtol)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def bf16(s: Subject) -> None:
         loss = (out.float() - wanted).square().mean()
         losses.append(loss.item())
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in adapter.parameters()), "a gradient is not finite"
         optimiser.step()
     assert all(torch.isfinite(p).all() for p in adapter.parameters()), "a parameter is not finite"
@@ -132,7 +132,7 @@ def checkpointing(s: Subject) -> None:
     st.use(model, "b")
     st.trainable(model, ["a"])
     with st.use(model, "a"):
-        loss_of(run(model, inputs)).backward()
+        torch.autograd.backward(loss_of(run(model, inputs)))
     want = gradients(model, "a")
     keep = st.keep_plan(model, checkpoint)
     own = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
@@ -150,9 +150,9 @@ def checkpointing(s: Subject) -> None:
                         spark = torch.zeros((), requires_grad=True)
                         out = keep(lambda _, *a: run(model, a), spark, *inputs, use_reentrant=reentrant)
                     if not outside:
-                        loss_of(out).backward()
+                        torch.autograd.backward(loss_of(out))
                 if outside:
-                    loss_of(out).backward()
+                    torch.autograd.backward(loss_of(out))
             what = f"checkpointing, use_reentrant={reentrant}, backward {'outside' if outside else 'inside'} the block"
             same_gradients(gradients(model, "a"), want, what, max(s.case.rtol, 1e-9))
             assert all(g is None for g in gradients(model, "b")), "the idle adapter got gradients"
@@ -176,7 +176,7 @@ def compiled(s: Subject) -> None:
     inputs = s.case.inputs()
     counted = Counted()
     torch._dynamo.reset()
-    fast = torch.compile(model, fullgraph=True, backend=counted)
+    fast: Any = torch.compile(model, fullgraph=True, backend=counted)
 
     def compare(w: float) -> None:
         mix: Which = {"a": w, "b": 0.3} if s.can_sum(model) else ["a", "b"]
@@ -184,9 +184,9 @@ def compiled(s: Subject) -> None:
         with plan:
             st.trainable(model, ["a", "b"])
             want, got = run(model, inputs), run(fast, inputs)
-            loss_of(want).backward()
+            torch.autograd.backward(loss_of(want))
             wanted = gradients(model, "a") + gradients(model, "b")
-            loss_of(got).backward()
+            torch.autograd.backward(loss_of(got))
         s.close(got.detach(), want.detach(), "compiled output")
         same_gradients(gradients(model, "a") + gradients(model, "b"), wanted, "compiled gradients", max(s.case.rtol, 1e-9))
 
@@ -207,7 +207,7 @@ def compiled_plans(s: Subject) -> None:
     model = s.attached("a", "b")
     inputs = s.case.inputs()
     torch._dynamo.reset()
-    fast = torch.compile(model, fullgraph=True, backend=Counted())
+    fast: Any = torch.compile(model, fullgraph=True, backend=Counted())
 
     def compare(what: str) -> None:
         s.close(run(fast, inputs).detach(), run(model, inputs).detach(), f"compiled, {what}")

@@ -111,6 +111,8 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         report = st.attach(job.model, spec, name=str(recipe.name))
         say(str(report))
         counts = {"trainable": report.trainable, "percent": report.percent, "modules": describe(report)}
+        if recipe.memory != "fast":
+            st.lean(job.model)
     if recipe.gradient_checkpointing or recipe.memory == "least":
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -124,6 +126,8 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
 
     if spec is None:
         job.model.to(job.dtype)  # measured as it is saved
+    else:
+        st.unlean(job.model)  # what is measured and used from here on is the model as it was loaded
     after = _measure(job, held_out, say, "after training") if held_out else None
     if main:
         _save_result(job, folder, spec is not None)

@@ -22,6 +22,7 @@ from slimtune.train.loss import logits_at, supervised
 from slimtune.train.tokens import IGNORE
 
 Advance = Callable[[int], None]
+Answer = tuple[int, float]  # which label, and its lead over the next
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Evaluation:
         macro_f1: mean F1 over the labels, each counting the same.
         labels: the candidates' names, in the order of `confusion`.
         confusion: rows = right label, columns = prediction.
+        margins: by how much each answer's log-probability leads over the next best, in nats.
         predictions: index into `labels` of each example's answer, in the order of the data.
         tokens: how many tokens the loss is a mean of (causal LM).
     """
@@ -46,6 +48,7 @@ class Evaluation:
     labels: list[str] = field(default_factory=list)
     confusion: list[list[int]] | None = None
     predictions: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     tokens: int = 0
 
     @property
@@ -54,25 +57,28 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0)) if self.tokens else None
 
     def figures(self) -> dict[str, float]:
-        """The scalars by name: accuracy first if there is one."""
-        found = {"accuracy": self.accuracy, "macro F1": self.macro_f1, "loss": self.loss, "perplexity": self.perplexity}
+        """The scalars by name: accuracy first if there is one; perplexity of free text only (of a choice it says nothing)."""
+        found = {"accuracy": self.accuracy, "macro F1": self.macro_f1, "loss": self.loss}
+        if self.accuracy is None:
+            found["perplexity"] = self.perplexity
         return {k: v for k, v in found.items() if v is not None}
 
 
-def length_sorted_batches(lengths: Sequence[int], budget: int, most: int = 256) -> list[list[int]]:
+def length_sorted_batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Batches of row numbers, longest rows first (a batch that does not fit fails at once, not at the end).
 
     Args:
         lengths: tokens of each row.
-        budget: tokens of a batch, padding included.
-        most: rows of a batch.
+        rows: rows of a batch.
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or len(batches[-1]) >= most or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def answers(scores: Tensor) -> list[Answer]:
+    """The best column of each row of scores [n, labels], and its lead over the second best."""
+    best = scores.topk(2, dim=1)
+    return list(zip(best.indices[:, 0].tolist(), (best.values[:, 0] - best.values[:, 1]).tolist(), strict=True))
 
 
 def _mine(n: int) -> list[int]:
@@ -82,7 +88,7 @@ def _mine(n: int) -> list[int]:
     return list(range(n))
 
 
-def _together(total: float, tokens: int, predicted: dict[int, int]) -> tuple[float, int, dict[int, int]]:
+def _together(total: float, tokens: int, predicted: dict[int, Answer]) -> tuple[float, int, dict[int, Answer]]:
     """Sums and answers of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return total, tokens, predicted
@@ -126,7 +132,7 @@ def evaluate_causal(
     examples: Sequence[Mapping[str, Any]],
     pad: int,
     candidates: Candidates | None = None,
-    budget: int = 8192,
+    batch_rows: int = 16,
     advance: Advance | None = None,
 ) -> Evaluation:
     """Loss of a causal LM on its supervised tokens and, with candidates, how often its likeliest answer is right.
@@ -136,17 +142,17 @@ def evaluate_causal(
         examples: rows with input_ids and labels (-100 where nothing is asked).
         pad: the padding token.
         candidates: the possible answers, from `token_candidates`.
-        budget: tokens of one batch, padding included.
+        batch_rows: rows of one batch.
         advance: called with the number of rows just measured.
     """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     gold = [candidates.answers.index(answer_of(e)) if answer_of(e) in candidates.answers else -1 for e in examples] if candidates else []
-    predicted: dict[int, int] = {}
+    predicted: dict[int, Answer] = {}
     mine = _mine(len(examples))
     with measuring(model):
         one_forward = candidates is None or candidates.single_token
-        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], budget):
+        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], batch_rows):
             batch = [mine[k] for k in part]
             rows = [examples[i] for i in batch]
             inputs = _inputs([r["input_ids"] for r in rows], pad, device)
@@ -162,10 +168,11 @@ def evaluate_causal(
                 counts = positions.sum(dim=1)
                 first = torch.cumsum(counts, 0) - counts + len(candidates.prefix)  # row of the deciding position
                 choice = torch.tensor([c[0] for c in candidates.cores], device=device)
-                for i, p in zip(batch, logits[first.clamp(max=logits.shape[0] - 1)][:, choice].argmax(dim=1).tolist(), strict=True):
+                deciding = logits[first.clamp(max=logits.shape[0] - 1)][:, choice]  # [b, candidates]
+                for i, p in zip(batch, answers(deciding), strict=True):
                     predicted[i] = p
             if candidates is not None and not one_forward:
-                for i, p in zip(batch, _best_candidates(model, rows, candidates, pad, budget, device), strict=True):
+                for i, p in zip(batch, _best_candidates(model, rows, candidates, pad, batch_rows, device), strict=True):
                     predicted[i] = p
             if advance is not None:
                 advance(len(batch))
@@ -175,14 +182,14 @@ def evaluate_causal(
 
 
 def _best_candidates(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], candidates: Candidates, pad: int, budget: int, device: torch.device
-) -> list[int]:
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], candidates: Candidates, pad: int, batch_rows: int, device: torch.device
+) -> list[Answer]:
     prompts = [r["input_ids"][: len(r["input_ids"]) - len(answer_of(r))] for r in rows]
     pairs = [(i, c) for i in range(len(rows)) for c in range(len(candidates.answers))]
     keep = [a[: len(a) - len(candidates.suffix)] for a in candidates.answers]
     texts = [[*prompts[i], *keep[c]] for i, c in pairs]
     scores = torch.empty(len(rows), len(keep))
-    for batch in length_sorted_batches([len(t) for t in texts], budget):
+    for batch in length_sorted_batches([len(t) for t in texts], batch_rows):
         labels = pad_rows([[*[IGNORE] * len(prompts[pairs[k][0]]), *keep[pairs[k][1]]] for k in batch], IGNORE, device)
         positions = supervised(labels)
         logits = logits_at(model, _inputs([texts[k] for k in batch], pad, device), positions).float()
@@ -192,7 +199,7 @@ def _best_candidates(
         sums = torch.zeros(len(batch), device=device).index_add_(0, row_of, -each)
         for k, s in zip(batch, sums.tolist(), strict=True):
             scores[pairs[k]] = s
-    return scores.argmax(dim=1).tolist()
+    return answers(scores)
 
 
 def evaluate_classifier(
@@ -200,7 +207,7 @@ def evaluate_classifier(
     examples: Sequence[Mapping[str, Any]],
     pad: int,
     names: Sequence[str],
-    budget: int = 8192,
+    batch_rows: int = 16,
     advance: Advance | None = None,
 ) -> Evaluation:
     """Loss, accuracy, macro-F1 and confusion of a text classifier.
@@ -210,19 +217,19 @@ def evaluate_classifier(
         examples: rows with input_ids and label (the class number).
         pad: the padding token.
         names: the classes in the order of the model's outputs.
-        budget: tokens of one batch, padding included.
+        batch_rows: rows of one batch.
         advance: called with the number of rows just measured.
     """
     device = next(model.parameters()).device
     gold = [int(e["label"]) for e in examples]
-    predicted: dict[int, int] = {}
+    predicted: dict[int, Answer] = {}
     total, mine = 0.0, _mine(len(examples))
     with measuring(model):
-        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], budget):
+        for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], batch_rows):
             batch = [mine[k] for k in part]
             logits = model(**_inputs([examples[i]["input_ids"] for i in batch], pad, device))["logits"].float()  # [b, classes]
             total += float(F.cross_entropy(logits, torch.tensor([gold[i] for i in batch], device=device), reduction="sum"))
-            for i, p in zip(batch, logits.argmax(dim=1).tolist(), strict=True):
+            for i, p in zip(batch, answers(logits), strict=True):
                 predicted[i] = p
             if advance is not None:
                 advance(len(batch))
@@ -230,12 +237,12 @@ def evaluate_classifier(
     return _figures(len(examples), total / max(1, len(examples)), gold, predicted, list(names), 0)
 
 
-def _figures(n: int, loss: float, gold: list[int], answers: dict[int, int], names: list[str], tokens: int) -> Evaluation:
+def _figures(n: int, loss: float, gold: list[int], found: dict[int, Answer], names: list[str], tokens: int) -> Evaluation:
     if not names:
         return Evaluation(examples=n, loss=loss, tokens=tokens)
     from sklearn.metrics import confusion_matrix, f1_score
 
-    predicted = [answers[i] for i in range(n)]
+    predicted = [found[i][0] for i in range(n)]
     known = [(g, p) for g, p in zip(gold, predicted, strict=True) if g >= 0]
     right = sum(g == p for g, p in known)
     everything = list(range(len(names)))
@@ -246,6 +253,7 @@ def _figures(n: int, loss: float, gold: list[int], answers: dict[int, int], name
         tokens=tokens,
         labels=names,
         predictions=predicted,
+        margins=[round(found[i][1], 6) for i in range(n)],
         accuracy=right / max(1, n),  # an answer outside the candidates cannot be got right
         macro_f1=float(f1_score(g, p, labels=everything, average="macro", zero_division=0.0)) if known else 0.0,
         confusion=confusion_matrix(g, p, labels=everything).tolist() if known else None,

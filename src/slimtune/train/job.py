@@ -89,6 +89,10 @@ class Job:
             self._held_out = self.bundle.test.to_list() if self.bundle.test is not None else self.valid_rows
         return self._held_out
 
+    def held_out_words(self) -> Any:
+        """The same rows in words."""
+        return self.bundle.raw["test" if self.bundle.test is not None else "valid"]
+
     @property
     def collate(self) -> Collator:
         return Collator(self.tokenizer.pad_token_id)
@@ -117,11 +121,11 @@ class Job:
         """
         if not rows:
             raise DataError("there are no held-out rows to measure on", hint="give valid_file or test_file, or raise valid_fraction")
-        budget = max(self.recipe.eval_batch_size * 256, max(len(r["input_ids"]) for r in rows))
+        size = self.recipe.eval_batch_size
         with ProgressBar(show, len(rows)) as advance:
             if self.task == "classification":
-                return evaluate_classifier(self.model, rows, self.tokenizer.pad_token_id, self.labels, budget, advance)
-            return evaluate_causal(self.model, rows, self.tokenizer.pad_token_id, self.candidates, budget, advance)
+                return evaluate_classifier(self.model, rows, self.tokenizer.pad_token_id, self.labels, size, advance)
+            return evaluate_causal(self.model, rows, self.tokenizer.pad_token_id, self.candidates, size, advance)
 
     # ---- words ----------------------------------------------------------------------------------------------------------
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimtune.savers.head import LeanLoss
 from slimtune.train.tokens import IGNORE
 
 
@@ -86,10 +87,10 @@ def causal_loss(model: nn.Module, inputs: Mapping[str, Any], items: Tensor | flo
     return total / (max(1, targets.numel()) if items is None else items)
 
 
-def adds_other_losses(model: nn.Module) -> bool:
-    """True when the model adds something to the loss by itself (load balancing of experts): then its own loss must be used."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "output_router_logits", False))
+def has_own_loss(model: nn.Module) -> bool:
+    """True when the model's own loss must be used: it adds a part of its own (load balancing of experts), or `st.lean` made it leaner still."""
+    config: Any = getattr(model, "config", None)
+    return isinstance(model, LeanLoss) or (hasattr(config, "output_router_logits") and bool(config.output_router_logits))
 
 
 def classification_loss(model: nn.Module, inputs: Mapping[str, Any], items: Tensor | float | None) -> Tensor:

@@ -129,4 +129,5 @@ def title(recipe: Recipe, spec: Any) -> str:
 def describe(report: Any) -> str:
     """How many modules an adapter covers, in how many blocks."""
     blocks = {tuple(p for p in r.path.split(".") if p.isdigit())[:1] for r in report.rows}
-    return f"{len(report.rows)} modules in {len(blocks)} blocks" if blocks - {()} else f"{len(report.rows)} modules"
+    where = f" in {len(blocks)} block{'s' * (len(blocks) > 1)}" if blocks - {()} else ""
+    return f"{len(report.rows)} modules{where}"

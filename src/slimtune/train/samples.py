@@ -37,7 +37,7 @@ def samples(job: Job, rows: Sequence[Row], before: Evaluation | None, after: Eva
     for i in range(len(rows)):
         chosen += [i] if i not in chosen else []
     return [
-        {"prompt": _shown(job, rows[i]), "expected": wanted[i], "before": names[old[i]] if before else "", "after": names[new[i]]}
+        {"prompt": _shown(job, i, rows[i]), "expected": wanted[i], "before": names[old[i]] if before else "", "after": names[new[i]]}
         for i in chosen[:_SAMPLES]
     ]
 
@@ -63,5 +63,7 @@ def _expected(job: Job, row: Row) -> str:
     return job.labels[row["label"]] if job.task == "classification" else job.text(answer_of(row)).strip()
 
 
-def _shown(job: Job, row: Row) -> str:
-    return job.text(row["input_ids"] if job.task == "classification" else job.prompt_of(row)).strip()
+def _shown(job: Job, i: int, row: Row) -> str:
+    if job.format == "text+label":  # as it was written, not as it was cut and put into a template
+        return str(job.held_out_words()[i]["text"]).strip()
+    return job.text(job.prompt_of(row)).strip()

@@ -48,5 +48,6 @@ class StopOnSignal(TrainerCallback):
         self.trainer.start_clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step == state.max_steps  # the last step has a row, whatever log_every is
         if self.trainer.anyone(self.asked) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

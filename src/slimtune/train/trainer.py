@@ -23,7 +23,7 @@ from slimtune.core.errors import RecipeError
 from slimtune.train.checkpoint import PROGRESS, flush, read_tensors, write_tensors
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.evaluate import Evaluation
-from slimtune.train.loss import adds_other_losses, causal_loss, classification_loss
+from slimtune.train.loss import causal_loss, classification_loss, has_own_loss
 from slimtune.train.runs import RunFolder, read_json, write_json
 
 
@@ -79,7 +79,7 @@ class SlimTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the items of a step; the model itself never sees them
         self._loss_shifts_labels = task == "causal_lm"
-        self.own_loss = task == "causal_lm" and adds_other_losses(self.trained)
+        self.own_loss = task == "causal_lm" and has_own_loss(self.trained)
 
     # ---- data and optimiser ---------------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:

@@ -32,6 +32,12 @@ class _Dumper(yaml.SafeDumper):
     """Keeps the YAML 1.1 patterns as well, so that what is dumped means the same to every YAML reader."""
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Double quotes keep line breaks and the like as escapes; the other styles fold them."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(_pattern), _first)
@@ -116,9 +122,8 @@ def parse_override(text: str, texts: Collection[str] = ()) -> tuple[str, Entry] 
 def dump_value(value: Any) -> str:
     """Return `value` as inline YAML that reads back to the same value."""
     plain = list(value) if isinstance(value, tuple) else value
-    # Double quotes keep line breaks as escapes; the short width of PyYAML would fold a long prompt template over several lines.
-    style = '"' if isinstance(plain, str) and len(plain.splitlines()) > 1 else None
-    text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True)
+    # The short width of PyYAML would fold a long prompt template over several lines.
+    text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -111,6 +111,10 @@ class Layout:
         """Return the content of adapter_config.json."""
         raise NotImplementedError
 
+    def names(self, file: TensorFile) -> dict[str, str]:
+        """Return names as the codecs know them -> names in the file."""
+        return {name.removeprefix(PREFIX): name for name in file.entries}
+
     def prepare(self, places: list[Place], model: nn.Module) -> None:
         """Look at all places before the first op is translated, where names depend on more than one of them."""
 

@@ -4,6 +4,7 @@
     convolution        X.lora_A.weight [r, a, *k]         X.lora_B.weight [b, r/g, 1..]
     embedding          X.lora_embedding_A [r, num]        X.lora_embedding_B [dim, r]
     MultiheadAttention X.lora_A/B.weight (in_proj)        X.base_layer.out_proj.lora_A/B.weight
+                       (out_proj counts twice: see `TWICE`)
     experts            X.lora_A.weight [E r, a], rows expert by expert
                        X.lora_B.weight [b, r E], columns rank by rank; the last adapted parameter of a module stands at X, the one
                        before at X.base_layer, and so on
@@ -34,19 +35,30 @@ from slimtune.files.layouts.base import PREFIX, Codec, Layout, Place, Taker, dot
 from slimtune.files.layouts.full import BiasCodec, FullCodec
 from slimtune.files.layouts.lora_config import DEFAULTS, check_config
 from slimtune.files.layouts.patterns import (
-    base_modules, from_key, from_targets, layer_number, named_by, shortest, to_pattern, to_targets,
+    base_modules,
+    from_key,
+    from_targets,
+    layer_number,
+    named_by,
+    shortest,
+    to_pattern,
+    to_targets,
 )  # fmt: skip
 from slimtune.files.layouts.reference import HEADS, about_model
 from slimtune.files.place import method_of
 
+# Up to this version the reference adds the delta of an attention module's output projection twice (its pull request 3774), in training as well.
+# So this is what its files mean; ours hold half of B there, to mean the same.
+TWICE = (0, 21, 2)
 _KEY = re.compile(r"(?P<path>.*?)\.?(?P<tensor>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
 
 
 class LoRACodec(Codec):
     """Names and shapes of one LoRA op."""
 
-    def __init__(self, depth: dict[tuple[str, str], int]) -> None:
+    def __init__(self, depth: dict[tuple[str, str], int], twice: bool = True) -> None:
         self.depth = depth  # (path, param) of experts -> how many levels below X it stands
+        self.twice = twice  # whether out_proj of an attention module counts twice
 
     def names(self, place: Place, kind: Kind) -> tuple[str, str, str]:
         """Return the names of A, B and B's bias."""
@@ -70,6 +82,8 @@ class LoRACodec(Codec):
                 A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1, 2)  # [E, r, a] -> [E r, a];  [E, b, r] -> [b, r E]
             elif kind.name == "conv" and A.shape[1] != module.in_channels:
                 A = kind.widen(A, module.groups)  # type: ignore[attr-defined]
+            elif place.param == "out_proj" and self.twice:
+                B = B / 2
         return {a: A, b: B} | ({} if op.up_bias is None else {bias: op.up_bias})
 
     def take(self, place: Place, op: Any, module: nn.Module, kind: Kind, file: Taker) -> dict[str, Tensor | None]:
@@ -81,9 +95,11 @@ class LoRACodec(Codec):
         if kind.name == "experts":
             E = op.shape[0]
             if A.dim() == B.dim() == 2 and A.shape[0] % E == B.shape[1] % E == 0:
-                A, B = A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1)
-        elif kind.name == "conv" and A.dim() == B.dim() and A.shape[0] == B.shape[1] * module.groups:
+                A, B = A.view(E, -1, A.shape[1]), B.view(B.shape[0], -1, E).permute(2, 0, 1)
+        elif kind.name == "conv" and A.dim() == B.dim() and A.shape[0] == B.shape[1] * module.groups:  # type: ignore[operator]
             A = kind.adopt(A, B)
+        elif place.param == "out_proj" and self.twice:
+            B = B * 2
         if op.A0 is None:
             return out | {"A": A, "B": B}
         return out | _split(A, B, experts=kind.name == "experts")
@@ -95,7 +111,7 @@ def _split(A: Tensor, B: Tensor, experts: bool) -> dict[str, Tensor | None]:
         (A, A0), (B, B0) = A.chunk(2, 1), B.chunk(2, 2)
     else:
         g = max(A.shape[0] // max(B.shape[1], 1), 1)
-        (A, A0), (B, B0) = (t.flatten(0, 1) for t in A.unflatten(0, (g, -1)).chunk(2, 1)), B.chunk(2, 1)
+        (A, A0), (B, B0) = (t.flatten(0, 1) for t in A.reshape(g, A.shape[0] // g, *A.shape[1:]).chunk(2, 1)), B.chunk(2, 1)
     return {"A": A, "B": B, "A0": A0, "B0": -B0}
 
 
@@ -108,6 +124,10 @@ class LoRALayout(Layout):
     def __init__(self) -> None:
         self.depth: dict[tuple[str, str], int] = {}
         self.wrapped: set[str] = set()
+        self.twice = True
+
+    def names(self, file: TensorFile) -> dict[str, str]:
+        return clean_names(file)
 
     def prepare(self, places: list[Place], model: nn.Module) -> None:
         """Learn which ops share a module: nested names depend on it."""
@@ -123,7 +143,7 @@ class LoRALayout(Layout):
     def codec(self, method: str) -> Codec:
         if method == "dense":
             return FullCodec()
-        return BiasCodec(self.wrapped) if method == "bitfit" else LoRACodec(self.depth)
+        return BiasCodec(self.wrapped) if method == "bitfit" else LoRACodec(self.depth, self.twice)
 
     def problem(self, adapter: Adapter, model: nn.Module) -> str:
         by_method = _paths(adapter)
@@ -145,7 +165,7 @@ class LoRALayout(Layout):
         modules = base_modules(model)
         by_method = _paths(adapter)
         full, biases = by_method.get("dense", {}), by_method.get("bitfit", {})
-        ops = [(path, op) for (path, _), op in adapter.ops.items() if method_of(op, spec) == "lora"]
+        ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if method_of(op, spec) == "lora"]
         experts = [(path, op) for path, op in ops if op.kind.name == "experts"]
         plain = {path for path, op in ops if op.kind.name != "experts"}
         ranks: dict[str, int] = {}
@@ -182,8 +202,9 @@ class LoRALayout(Layout):
     # ---- reading what the reference wrote -----------------------------------------------------------------------
     def discover(self, config: dict[str, Any], file: TensorFile, model: nn.Module, relax: frozenset[str]) -> tuple[Spec, list[Place], Taker]:
         check_config(config, file.path, relax)
+        self.twice = _version(config["peft_version"]) <= TWICE
         modules = base_modules(model)
-        taker = Taker(file, clean_names(file))
+        taker = Taker(file, self.names(file))
         _drop_base_copies(taker, modules, config, relax)
         places = _lora_places(taker, modules, config)
         spec = _spec(config)
@@ -227,10 +248,16 @@ def clean_names(file: TensorFile) -> dict[str, str]:
         if ".original_module." in short:
             continue  # a copy of the base that bias="all" drags along
         alias = short.replace(".modules_to_save.", ".")
+        if alias.endswith("bias") and not _KEY.fullmatch(alias):
+            alias = alias.replace("base_layer.", "")  # a bias of the base below a LoRA
         if alias != short and prefix + alias in file.entries:
             continue  # the same once more, for the same reason
         out[alias] = name
     return out
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", str(text or "0"))[:3])
 
 
 def _kind(module: nn.Module) -> Kind:
@@ -264,7 +291,7 @@ def _usual(values: dict[str, Any]) -> Any:
 def _look_up(patterns: dict[str, Any], path: str, default: float) -> float:
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", path):
-            return value
+            return float(value)
     return default
 
 
@@ -339,23 +366,22 @@ def _other_places(taker: Taker, modules: dict[str, nn.Module], config: dict[str,
     for name in list(taker.left):
         if _KEY.fullmatch(name):
             continue
-        path, _, param = name.rpartition(".")
-        wrapped = path.endswith(".base_layer") and path.removesuffix(".base_layer") in loras
-        path = path.removesuffix(".base_layer") if wrapped else path
+        path, _, tensor = name.rpartition(".")
         full = any(path == p or path.startswith(f"{p}.") for p in modules for m in saved if p.endswith(m)) if saved else False
-        if path.endswith("out_proj") and path.rpartition(".")[0] in modules and _kind(modules[path.rpartition(".")[0]]).name == "attention":
-            path, param = path.rpartition(".")[0], "out_proj"
+        weight = "in_proj_weight" if tensor == "in_proj_bias" else "weight" if tensor == "bias" else tensor
+        parent = path.rpartition(".")[0]
+        if path.endswith("out_proj") and parent in modules and _kind(modules[parent]).name == "attention":
+            path, weight = parent, "out_proj"
         module = modules.get(path)
         if module is None:
             continue  # stays in `left`: reported as unexpected
         kind = _kind(module)
-        if full and "weight" in kind.ports:
-            weight = "in_proj_weight" if param == "in_proj_bias" else "weight" if param == "bias" else param
-            if weight in kind.names(module):
-                places[path, weight] = Place(path, weight, "weight", weight, "dense")
-        elif param == "bias" and config["bias"] != "none" and kind.takes_bias:
-            key = "weight+" if path in loras else "weight"
-            places[path, "bias"] = Place(path, key, "weight", kind.names(module)[0], "bitfit")
+        if "weight" not in kind.ports or weight not in kind.names(module):
+            continue
+        if full:
+            places[path, weight] = Place(path, weight, "weight", weight, "dense")
+        elif tensor == "bias" and config["bias"] != "none" and kind.takes_bias:
+            places[path, weight] = Place(path, f"{weight}+" if path in loras else weight, "weight", weight, "bitfit")
     return list(places.values())
 
 
@@ -364,7 +390,9 @@ def _drop_base_copies(taker: Taker, modules: dict[str, nn.Module], config: dict[
     for name in list(taker.left):
         path = name.removesuffix(".weight").removesuffix(".base_layer")
         module = modules.get(path)
-        if not name.endswith(".weight") or module is None or _KEY.fullmatch(name) or not (name.endswith(".base_layer.weight") or path.endswith(("embed_tokens", "lm_head"))):
+        if not name.endswith(".weight") or module is None or _KEY.fullmatch(name):
+            continue
+        if not name.endswith(".base_layer.weight") and not path.endswith(("embed_tokens", "lm_head")):
             continue
         if any(path.endswith(m) for m in config["modules_to_save"] or []):
             continue

@@ -66,16 +66,18 @@ def check_config(config: dict[str, Any], path: Path, relax: frozenset[str]) -> N
     wrong = [f"{k} must be {what}, not {str(config[k])[:60]!r}" for k, (what, ok) in _TYPES.items() if not ok(config[k])]
     if wrong:
         raise FormatError("adapter_config.json is wrong: " + "; ".join(wrong), where=str(path.parent))
-    asked = [k for k, default in DEFAULTS.items() if k not in _TYPES and k not in _FREE and k != "init_lora_weights" and config[k] not in (default, None, {}, [])]
+    options = [k for k in DEFAULTS if k not in _TYPES and k not in _FREE and k != "init_lora_weights"]
+    asked = [k for k in options if config[k] not in (DEFAULTS[k], None, {}, [])]
     init = config["init_lora_weights"]
     if init not in _PLAIN_INITS:
         asked.append("init_lora_weights")
     if asked:
         what = ", ".join(f"{k}={str(config[k])[:60]!r}" for k in asked)
+        convert = "the file holds a change to a changed base: save it as a plain LoRA there (path_initial_model_for_weight_conversion)"
         raise FormatError(
             f"the adapter uses what slimtune does not do: {what}",
             where=str(path.parent),
-            hint="with init_lora_weights the file holds a change to a changed base: save it converted to a plain LoRA (path_initial_model_for_weight_conversion)"
+            hint=convert
             if asked == ["init_lora_weights"]
             else "use the library that wrote it, or merge it there into a checkpoint",
         )
@@ -89,14 +91,21 @@ def _texts(v: Any) -> bool:
     return isinstance(v, list) and all(isinstance(t, str) and len(t) < 2000 for t in v)
 
 
+_ENDLESS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # a repeated group with a repetition in it: may take for ever on a mismatch
+
+
 def _regex(v: Any) -> bool:
-    if not isinstance(v, str) or len(v) > 100_000:
+    if not isinstance(v, str) or len(v) > 100_000 or _ENDLESS.search(v) or max(map(_repeats, v.split("|"))) > 8:
         return False
     try:
         re.compile(v)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def _repeats(v: str) -> int:
+    return len(re.findall(r"(?<!\\)[*+]", v))
 
 
 def _mapping(v: Any) -> bool:
