@@ -428,15 +428,20 @@ def test_hostile_bytes(case: str, foreign: bool, originals: dict[str, Any], tmp_
 
 CONFIGS: dict[str, str | bytes] = {
     "nothing": "", "a list": "[]", "a number": "7", "null": "null", "cut": '{"peft_type": "LORA"', "deep": "[" * 100_000, "not utf-8": b"\xff\xff",
-    "twice": '{"peft_type":"LORA","peft_type":"LORA"}', "no type": "{}", "type is a list": '{"peft_type":["LORA"]}', "other type": '{"peft_type":"VOODOO"}',
+    "twice": '{"peft_type":"LORA","peft_type":"LORA"}', "no type": "{}", "type is a list": '{"peft_type":["LORA"]}',
+    "other type": '{"peft_type":"VOODOO"}',
     "lower case": '{"peft_type":"lora"}', "own type": '{"peft_type":"SLIMTUNE_BITFIT"}', "infinity": '{"peft_type":"LORA","lora_alpha":Infinity}',
     **{f"{k}={v}": json.dumps({"peft_type": "LORA", "target_modules": ["0"], k: v}) for k, v in [
-        ("r", 0), ("r", -4), ("r", "4"), ("r", 1.5), ("r", True), ("r", 10**40), ("r", [4]), ("lora_alpha", "x"), ("lora_alpha", [1]), ("lora_alpha", 1e300),
-        ("lora_dropout", 2), ("lora_dropout", "a"), ("use_rslora", "yes"), ("bias", "some"), ("bias", 3), ("target_modules", 5), ("target_modules", "("),
+        ("r", 0), ("r", -4), ("r", "4"), ("r", 1.5), ("r", True), ("r", 10**40), ("r", [4]), ("lora_alpha", "x"),
+        ("lora_alpha", [1]), ("lora_alpha", 1e300),
+        ("lora_dropout", 2), ("lora_dropout", "a"), ("use_rslora", "yes"), ("bias", "some"), ("bias", 3), ("target_modules", 5),
+        ("target_modules", "("),
         ("target_modules", [1]), ("target_modules", {"a": 1}), ("target_modules", "(a+)+$"), ("exclude_modules", "["), ("modules_to_save", "score"),
         ("modules_to_save", ["("]), ("rank_pattern", [1]), ("rank_pattern", {"(": 2}), ("rank_pattern", {"a": 0}), ("rank_pattern", {"a": "b"}),
-        ("rank_pattern", {"(.*)*x": 2}), ("alpha_pattern", {"a": None}), ("alpha_pattern", {"[": 1}), ("layers_to_transform", "all"), ("layers_to_transform", [0.5]),
-        ("layers_pattern", 3), ("use_dora", True), ("target_parameters", "x"), ("target_parameters", [1]), ("trainable_token_indices", [1]), ("lora_bias", 1),
+        ("rank_pattern", {"(.*)*x": 2}), ("alpha_pattern", {"a": None}), ("alpha_pattern", {"[": 1}),
+        ("layers_to_transform", "all"), ("layers_to_transform", [0.5]),
+        ("layers_pattern", 3), ("use_dora", True), ("target_parameters", "x"), ("target_parameters", [1]),
+        ("trainable_token_indices", [1]), ("lora_bias", 1),
         ("init_lora_weights", "pissa"), ("init_lora_weights", {"a": 1}), ("init_lora_weights", 3), ("unheard_of", 1), ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 1]]), ("alora_invocation_tokens", [1]), ("arrow_config", {"x": 1}), ("peft_version", [1]),
     ]},
@@ -472,7 +477,8 @@ def test_foreign_files_with_wrong_tensors(tmp_path: Path) -> None:
         bad += [{k: v for k, v in good.items() if k != name}]
         bad += [{**good, name.replace("0.0", p): t} for p in ("0.1", "0.9", "9.0", "0.0.slim", "x", "0.0.weight", "1.2")]
         bad += [{**good, name.replace("lora_", p): t} for p in ("lora_embedding_", "lora_C_", "hada_")]
-        bad += [{**good, f"base_model.model.0.0.{extra}": torch.ones(16)} for extra in ("lora_B.bias2", "bias", "weight", "lora_magnitude_vector", "base_layer.weight")]
+        extras = ("lora_B.bias2", "bias", "weight", "lora_magnitude_vector", "base_layer.weight")
+        bad += [{**good, f"base_model.model.0.0.{extra}": torch.ones(16)} for extra in extras]
     for i, tensors in enumerate(bad):
         folder = tmp_path / str(i)
         folder.mkdir()

@@ -120,7 +120,10 @@ THEIRS = {
             "alpha_pattern": {"v_proj": 7, "layers.0.mlp.up_proj": 11},
         },
     ),
-    "rslora and patterns": (llama, {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 5}}),
+    "rslora and patterns": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+    ),
     "lora_bias": (zoo, {"target_modules": ["q", "conv1"], "lora_bias": True}),
     "bias lora_only": (zoo, {"target_modules": ["q", "fc_q", "conv1"], "bias": "lora_only"}),
     "bias all": (zoo, {"target_modules": ["fc_q", "q"], "bias": "all"}),

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "transformers", "accelerate", "datasets", "peft", "trl", "diffusers", "bitsandbytes", "gguf", "sentencepiece", "matplotlib", "sklearn",
     "scipy", "pandas", "pyarrow", "pydantic", "typer", "rich", "jinja2", "yaml", "psutil", "PIL", "tokenizers", "huggingface_hub",
     "torchvision", "triton", "hypothesis", "pytest",
 )  # fmt: skip
-LIST = "import sys; import {0}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+EVERYTHING = "import torch, slimtune; [getattr(slimtune, name) for name in slimtune.__all__]"  # names load on first use
+LIST = "import sys; {0}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -18,7 +21,7 @@ def modules_after(statement: str) -> set[str]:
 
 def milliseconds(statement: str) -> dict[str, float]:
     """Return the time spent in each module while importing, its own share only (-X importtime)."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {statement}"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", statement], capture_output=True, text=True, check=True)
     own = {}
     for line in done.stderr.splitlines():
         parts = line.removeprefix("import time:").split("|")
@@ -27,19 +30,20 @@ def milliseconds(statement: str) -> dict[str, float]:
     return own
 
 
-def test_import_pulls_in_nothing_heavy() -> None:
-    torch_only, ours = modules_after("torch"), modules_after("torch, slimtune")
+@pytest.mark.parametrize("statement", ["import torch, slimtune", EVERYTHING], ids=["import", "every name"])
+def test_import_pulls_in_nothing_heavy(statement: str) -> None:
+    torch_only, ours = modules_after("import torch"), modules_after(statement)
     assert not ours & (set(HEAVY) - torch_only), f"imported: {sorted(ours & set(HEAVY))}"
     extra = {m for m in ours - torch_only if m not in sys.stdlib_module_names and not m.startswith("_")}
     assert extra <= {"slimtune", "safetensors", "numpy"}, f"torch does not need these: {sorted(extra)}"
 
 
-def test_print_what_the_import_costs(capsys) -> None:  # type: ignore[no-untyped-def]
-    torch_only, ours = milliseconds("torch"), milliseconds("torch, slimtune")
-    added = {m: t for m, t in ours.items() if m not in torch_only}
+def test_print_what_the_import_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch_only, ours, every = milliseconds("import torch"), milliseconds("import torch, slimtune"), milliseconds(EVERYTHING)
+    added, all_of_it = (sum(t for m, t in found.items() if m not in torch_only) for found in (ours, every))
     with capsys.disabled():
-        print(f"\nimport torch {sum(torch_only.values()):.0f} ms; slimtune adds {sum(added.values()):.0f} ms", end=" ")
-    assert any(m.startswith("slimtune") for m in added)
+        print(f"\nimport torch {sum(torch_only.values()):.0f} ms; slimtune adds {added:.0f} ms, all its names {all_of_it:.0f} ms", end=" ")
+    assert "slimtune.core.attach" in every
 
 
 def test_every_public_name_is_there() -> None:

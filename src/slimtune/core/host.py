@@ -110,7 +110,8 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     plan = model.slim_state.current()  # type: ignore[union-attr, operator]
     if plan.size is None:
         return
-    main = kwargs.get(model.main_input_name, args[0] if args else None)  # type: ignore[arg-type]
+    key: Any = model.main_input_name
+    main = kwargs.get(key, args[0] if args else None)
     if isinstance(main, Tensor):
         plan.selectors(main.shape[0], main.device, "(the model)", type(model).__name__)
 
@@ -165,8 +166,21 @@ def hosted(base: type, mixins: tuple[type, ...]) -> type:
     if key not in _CLASSES:
         body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"slim_base": base, "slim_mixins": mixins, "__reduce_ex__": _reduce_ex}
-        _CLASSES[key] = type(base.__name__, (*mixins, base), body)
+        cls = type(base.__name__, (*mixins, base), body)
+        if any(getattr(m, "keeps_signature", False) for m in mixins):
+            cls.forward = _signed(cls, base)  # type: ignore[attr-defined]
+        _CLASSES[key] = cls
     return _CLASSES[key]
+
+
+def _signed(cls: type, base: type) -> Callable[..., Any]:
+    """Return a forward with the signature of the base's: trainers read from it which columns a model takes."""
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return super(cls, self).forward(*args, **kwargs)
+
+    return forward
 
 
 def specialise(module: nn.Module, mixin: type) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import ctypes.util
 import os
 import secrets
 import shutil
@@ -147,7 +146,7 @@ def exchange(a: Path, b: Path) -> bool:
     """Let two paths change places in one step; False where the system cannot."""
     if sys.platform not in {"linux", "darwin"}:
         return False
-    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    libc = ctypes.CDLL(None)
     x, y = os.fsencode(a), os.fsencode(b)
     try:
         if sys.platform == "linux":

@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, softcap: float, chunk: int
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, softcap: float, chunk: int,
+        wide_type: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        total = torch.zeros((), dtype=wide_type, device=hidden.device)
         need = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if need else None
         for start in range(0, hidden.shape[0], chunk):
@@ -51,12 +52,13 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * g.to(grad.dtype), None, None, None, None, None, None
+        return grad * g.to(grad.dtype), None, None, None, None, None, None, None
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, smoothing: float = 0.0, softcap: float = 0.0, chunk: int = 256
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, smoothing: float = 0.0, softcap: float = 0.0, chunk: int = 256,
+    wide_type: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """Return the sum over rows of the cross entropy of softmax(hidden W^T + bias) against `target`.
 
     Args:
@@ -66,5 +68,6 @@ def head_loss(
         smoothing: label smoothing in [0, 1].
         softcap: c of logits c tanh(logits / c), 0 for none.
         chunk: rows per product.
+        wide_type: type of the softmax and the sum (transformers computes losses in float32).
     """
-    return _HeadLoss.apply(hidden, weight, bias, target, smoothing, softcap, chunk)
+    return _HeadLoss.apply(hidden, weight, bias, target, smoothing, softcap, chunk, wide_type)

@@ -80,6 +80,7 @@ class LeanLoss:
     """Mixin of a causal language model whose loss function is transformers' own."""
 
     rank = 0.5
+    keeps_signature = True
     slim_head: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -118,7 +118,7 @@ def _agreement(result: RunResult) -> bool:
     reloaded = found["reloaded"] + found["reloaded_exact"]
     merged = found["merged"] + found["merged_exact"]
     _say(f"live and reloaded: {_same(live, reloaded)}; live and merged: {_same(live, merged)}")
-    return live == reloaded == merged
+    return bool(live == reloaded == merged)
 
 
 def _same(a: list[int], b: list[int]) -> str:

@@ -1,0 +1,199 @@
+"""st.lean: the same losses and gradients, fewer bytes, and nothing left behind by unlean."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import slimtune as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.live_bytes import LiveBytes
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
+
+
+def llama(dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **more)).to(dtype).train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 200, (3, 16), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :9] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def run(model: nn.Module, **more: object) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch(), **more).loss
+    loss.backward()
+    return float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def shaken(model: nn.Module, spec: st.Spec) -> nn.Module:
+    """Attach and give every parameter of the adapter a value, so that every gradient is exercised."""
+    st.attach(model, spec)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_same_loss_and_gradients(dtype: torch.dtype, checkpointing: bool | None) -> None:
+    plain = shaken(llama(dtype), st.LoRA(r=4))
+    lean = copy.deepcopy(plain)
+    report = st.lean(lean)
+    norms = {} if dtype == torch.float64 else {"RMSNorm": 5}  # transformers rounds a float64 norm to float32: not ours, left alone
+    assert report.changed == {"gated MLP": 2, "activation": 2, "loss head": 1, **norms}
+    if checkpointing is not None:
+        lean.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    (a, ga), (b, gb) = run(plain), run(lean)
+    tolerance = 2e-6  # transformers computes norms and losses in float32, also for a float64 model
+    assert abs(a - b) < tolerance
+    assert len(ga) == len(gb) > 0
+    for p, q in zip(ga, gb, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance * 10, atol=tolerance)
+
+
+def test_accumulation_and_items_in_batch() -> None:
+    plain = shaken(llama(), st.LoRA(r=4))
+    lean = copy.deepcopy(plain)
+    st.lean(lean)
+    for items in (7, torch.tensor(21)):
+        (a, ga), (b, gb) = run(plain, num_items_in_batch=items), run(lean, num_items_in_batch=items)
+        assert a == pytest.approx(b, abs=1e-6)
+        torch.testing.assert_close(ga, gb, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_gives_the_same_loss() -> None:
+    plain = shaken(llama(torch.bfloat16), st.LoRA(r=4))
+    lean = copy.deepcopy(plain)
+    st.lean(lean)
+    (a, ga), (b, gb) = run(plain), run(lean)
+    assert a == pytest.approx(b, rel=1e-6)  # the sum over chunks is taken in another order
+    for p, q in zip(ga, gb, strict=True):
+        torch.testing.assert_close(p, q, rtol=0.05, atol=5e-3)
+
+
+def test_keeps_far_fewer_bytes() -> None:
+    model = shaken(llama(torch.bfloat16), st.LoRA(r=4))
+
+    def kept() -> int:
+        run(model)
+        with LiveBytes() as live:
+            loss = model(**batch()).loss
+            now = live.now
+        del loss
+        return now
+
+    before = kept()
+    st.lean(model)
+    after = kept()
+    assert after < 0.5 * before, (before, after)
+
+
+def test_logits_come_when_asked_for() -> None:
+    model = shaken(llama(), st.LoRA(r=4))
+    want = model(**batch()).logits
+    st.lean(model)
+    out = model(**batch())
+    assert out.logits.shape == want.shape
+    torch.testing.assert_close(out.logits + 0, want)
+    assert torch.equal(out.logits.argmax(-1), want.argmax(-1))
+    torch.testing.assert_close(out.logits[..., :-1, :].contiguous().float(), want[..., :-1, :])
+
+
+def test_unlean_leaves_nothing_behind() -> None:
+    model = llama()
+    classes = {n: type(m) for n, m in model.named_modules()}
+    facts = {n: set(m.__dict__) for n, m in model.named_modules()}
+    st.lean(model)
+    assert isinstance(model, LlamaForCausalLM)
+    assert "input_ids" in inspect.signature(model.forward).parameters
+    assert any(type(m) is not classes[n] for n, m in model.named_modules())
+    copy.deepcopy(model)
+    st.unlean(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n: set(m.__dict__) for n, m in model.named_modules()} == facts
+
+
+def test_softcapped_logits_take_the_plain_way() -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, final_logit_softcapping=5.0, attn_implementation="eager")
+    plain = shaken(Gemma2ForCausalLM(config).train(), st.LoRA(r=4))
+    lean = copy.deepcopy(plain)
+    assert st.lean(lean).changed["RMSNorm"] > 0
+    (a, ga), (b, gb) = run(plain), run(lean)
+    assert a == pytest.approx(b, abs=1e-5)
+    torch.testing.assert_close(ga, gb, rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_classifier() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = shaken(BertForSequenceClassification(config).train(), st.LoRA(r=4, train_modules="classifier"))
+    lean = copy.deepcopy(plain)
+    report = st.lean(lean)
+    assert report.changed["LayerNorm"] == 5
+    assert report.left, "a classifier has no language-model head, and the report says so"
+    inputs = {"input_ids": batch()["input_ids"], "labels": torch.tensor([0, 1, 1])}
+    grads = []
+    for model in (plain, lean):
+        loss = model(**inputs).loss
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+def test_adapted_and_trained_heads_stay_exact() -> None:
+    for spec in (st.LoRA(r=4, targets=("q_proj", "lm_head")), st.LoRA(r=4, train_modules="lm_head")):
+        plain = shaken(llama(), spec)
+        lean = copy.deepcopy(plain)
+        st.lean(lean)
+        (a, ga), (b, gb) = run(plain), run(lean)
+        assert a == pytest.approx(b, abs=1e-6)
+        torch.testing.assert_close(ga, gb, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_against_autograd_in_float64() -> None:
+    from slimtune.kernels.gated import gated
+    from slimtune.kernels.loss import head_loss
+    from slimtune.kernels.rmsnorm import STYLES, rms_norm
+
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    weight, bias, target = torch.randn(11, 6, dtype=torch.float64), torch.randn(11, dtype=torch.float64), torch.randint(0, 11, (5,))
+    for smoothing, cap in ((0.0, 0.0), (0.1, 0.0), (0.0, 3.0), (0.2, 3.0)):
+
+        def chunked(h: torch.Tensor, smoothing: float = smoothing, cap: float = cap) -> torch.Tensor:
+            return head_loss(h, weight, bias, target, smoothing=smoothing, softcap=cap, chunk=2, wide_type=torch.float64)
+
+        def plain(h: torch.Tensor, smoothing: float = smoothing, cap: float = cap) -> torch.Tensor:
+            logits = torch.nn.functional.linear(h, weight, bias)
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+            return torch.nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
+
+        h = leaf(5, 6)
+        torch.testing.assert_close(chunked(h), plain(h))
+        assert torch.autograd.gradcheck(chunked, (h,))
+    for f in (torch.nn.functional.silu, torch.nn.functional.gelu):
+        assert torch.autograd.gradcheck(lambda g, u, f=f: gated(g, u, f), (leaf(3, 4), leaf(3, 4)))
+    gain = torch.rand(6, dtype=torch.float64)
+    for style in STYLES:
+        assert torch.autograd.gradcheck(lambda x, style=style: rms_norm(x, gain, 1e-6, style), (leaf(3, 6),))
