@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError, MergeError
-from slimtune.core.fold import Chain, no_sum
+from slimtune.core.fold import Chain
 from slimtune.core.host import Slot
 from slimtune.core.op import affine
 from slimtune.core.plan import NameLink, Plan, Which
 from slimtune.core.state import BARE, State, state_of, unwrap
+from slimtune.ports.effective import effective
 
 
 def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = None) -> None:
@@ -114,34 +115,13 @@ def merged_sites(model: nn.Module, links: list[NameLink]) -> list[tuple[nn.Modul
 def merged_values(module: nn.Module, param: str, chain: Chain) -> tuple[Tensor | None, Tensor | None]:
     """Return the merged (weight, bias) of one site in canonical shape, None where a value does not change."""
     slot: Slot = module._modules["slim"]  # type: ignore[assignment]
-    kind = slot.kind
+    ops = [op for link in chain for op, _ in link]
     with torch.no_grad():
-        W = kind.read(module, param)
+        W = slot.kind.read(module, param)
         work = W.dtype if W.dtype == torch.float64 else torch.float32
-        weight = W.to(work)
-        old_bias = kind.bias(module, param)
-        bias = None if old_bias is None else old_bias.to(work)
-        touched = {"weight": False, "bias": False}
-        for link in chain:
-            if len(link) > 1 or link[0][1] is not None:
-                for op, _ in link:
-                    if hasattr(op, "turn"):
-                        raise no_sum(op, module)
-            w0, b0 = weight, bias
-            for op, w in link:
-                if hasattr(op, "weight"):
-                    new = op.weight(w0)
-                    weight = new if w is None else weight + w.to(work) * (new - w0)
-                    touched["weight"] = True
-                if hasattr(op, "bias"):
-                    b = op.bias(b0)
-                    if b is not None and w is not None:
-                        zero = torch.zeros_like(b) if b0 is None else b0
-                        b = (zero if bias is None else bias) + w.to(work) * (b - zero)
-                    if b is not None:
-                        bias = b
-                        touched["bias"] = True
-    return (weight if touched["weight"] else None), (bias if touched["bias"] else None)
+        old = slot.kind.bias(module, param)
+        weight, bias = effective(W.to(work), None if old is None else old.to(work), chain, module)
+    return (weight if any(hasattr(op, "weight") for op in ops) else None), (bias if any(hasattr(op, "bias") for op in ops) else None)
 
 
 def lifted(model: nn.Module) -> Callable[[], None]:
