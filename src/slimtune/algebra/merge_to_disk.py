@@ -20,10 +20,9 @@ from slimtune.algebra.merge import merged_sites, merged_values
 from slimtune.core.errors import MergeError
 from slimtune.core.fold import Chain
 from slimtune.core.host import base_class
+from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.plan import NameLink
 from slimtune.files.container import flush, plan_entries, raw_view, write_header
-from slimtune.files.layouts.patterns import base_modules
-from slimtune.files.place import kind_at
 from slimtune.files.publish import publish
 
 Source = Callable[[], Tensor]

@@ -66,6 +66,7 @@ def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
         SlimtuneError: no module matches, or one cannot carry the op.
     """
     from slimtune.core.attach import build
+    from slimtune.core.placing import put_to_use
     from slimtune.core.report import make_report
     from slimtune.train.method_options import build_spec
 
@@ -74,7 +75,8 @@ def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
         return None
     model = prepared.model.requires_grad_(False)
     adapter = build(model, spec, recipe.name or "default", None, blank=True)
-    return make_report(model, model.__dict__["slim_state"], adapter)
+    put_to_use(model, adapter)
+    return make_report(model, adapter)
 
 
 def data_lines(prepared: Prepared) -> list[tuple[str, str]]:

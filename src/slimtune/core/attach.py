@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimtune.core.errors import MergeError, NameInUse, SiteError, SpecError, TargetError
-from slimtune.core.host import KeepPlan, Rooted, check_rows, generalise, host, specialise, unhost, wrap_checkpoints
+from slimtune.core.errors import MergeError, SiteError, SpecError, TargetError
+from slimtune.core.host import KeepPlan
 from slimtune.core.op import Op
+from slimtune.core.placing import check_free, install, put_to_use, uninstall
 from slimtune.core.plan import Plan, Which
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
-from slimtune.ports.attention import switch_fast_path
-from slimtune.ports.quantised import exact_packing
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
-
-
-def check_name(name: str) -> None:
-    """Raise unless `name` can name an adapter (it becomes part of module and file names).
-
-    Raises:
-        NameInUse: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
-        raise NameInUse(f"{name!r} cannot name an adapter", hint="letters, digits, _ and -, at most 100 of them, not starting with -")
 
 
 def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.dtype | None = None) -> Report:
@@ -55,15 +41,8 @@ def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.
     """
     model = unwrap(model)
     adapter = build(model, spec, name, dtype)
-    state: State = model.__dict__["slim_state"]
-    for p in model.parameters():
-        p.requires_grad_(False)
-    for other in state.adapters.values():
-        other.live = other is adapter
-    for p in adapter.parameters():
-        p.requires_grad_(True)
-    state.settle(Plan.of(name))
-    return make_report(model, state, adapter)
+    put_to_use(model, adapter)
+    return make_report(model, adapter)
 
 
 def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, blank: bool = False) -> Adapter:
@@ -73,19 +52,10 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         blank: the tensors will be overwritten: skip initialisers that read the base or draw random numbers.
     """
     model = unwrap(model)
-    check_name(name)
     if not isinstance(spec, Spec):
         raise SpecError(f"attach needs a spec, not {type(spec).__name__}", hint="st.attach(model, st.LoRA(r=16))")
     spec.validate()
-    state: State | None = model.__dict__.get("slim_state")
-    if state is None:
-        inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
-        if inside is not None:
-            raise SiteError(f"a part of this model carries adapters already: {inside}", hint="attach to the same object every time")
-    elif name in state.adapters:
-        raise NameInUse(f"an adapter is called {name!r} already", hint=f"choose another name, or st.detach(model, {name!r}) first")
-    elif state.merged:
-        raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
+    check_free(model, name)
     sites = spec.sites(model)
     specs: list[tuple[Spec, Any]] = [(spec, site) for site in sites]
     if spec.train_modules:
@@ -97,7 +67,7 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         raise TargetError(
             f"{type(spec).__name__} finds no place for itself", where=f"targets={spec.targets!r}", hint="name other modules with targets="
         )
-    for owner, site in specs:
+    for _, site in specs:
         problem = site.kind.problem(site.module)
         if problem:
             raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
@@ -109,27 +79,8 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
             hint="name other modules with targets=, or leave these out with exclude=",
         )
     shared: dict[str, Any] = {}
-    built = [(site, owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
-    if state is None:
-        state = State()
-        model.slim_state = state  # type: ignore[assignment]
-        specialise(model, Rooted)
-        wrap_checkpoints(model, state)
-        if hasattr(model, "main_input_name"):
-            model.register_forward_pre_hook(check_rows, with_kwargs=True)
-    adapter = Adapter(name, spec, trainable=True)
-    for site, op in built:
-        slot = host(site.module, state, site.kind, site.path)
-        key = site.param if site.port == "weight" else site.port
-        while (site.path, key) in adapter.ops:
-            key += "+"
-        op.train(site.module.training)
-        slot.put(name, key, op)
-        adapter.ops[(site.path, key)] = op
-    switch_fast_path(model, state)
-    exact_packing(model, True)
-    state.adapters[name] = adapter
-    return adapter
+    made = [(site, "", owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
+    return install(model, name, spec, made)
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -144,24 +95,7 @@ def detach(model: nn.Module, name: str) -> None:
     adapter = state.adapter(name)
     if state.merged and state.merged_plan is not None and name in state.merged_plan.names:
         raise MergeError(f"{name!r} is merged into the weights now", hint="st.unmerge(model) first")
-    for path in dict.fromkeys(path for path, _ in adapter.ops):
-        module = model.get_submodule(path)
-        module._modules["slim"].drop(name)  # type: ignore[union-attr, operator]
-        unhost(module)
-    switch_fast_path(model, state)
-    del state.adapters[name]
-    if name in state.default.names:
-        state.settle(Plan.of(None))
-    if not state.adapters:
-        exact_packing(model, False)
-        generalise(model, Rooted)
-        for key in [k for k, hook in model._forward_pre_hooks.items() if hook is check_rows]:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-        del model.__dict__["slim_state"]
-        for module in model.modules():
-            func = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(func, KeepPlan):
-                module._gradient_checkpointing_func = func.func
+    uninstall(model, state, adapter)
 
 
 class Use:
@@ -272,7 +206,7 @@ def report(model: nn.Module, name: str | None = None) -> Report:
     if name is None:
         active = [n for n in state.adapters if n in state.current().names]
         name = active[0] if active else list(state.adapters)[-1]
-    return make_report(model, state, state.adapter(name))
+    return make_report(model, state.adapter(name))
 
 
 def param_groups(

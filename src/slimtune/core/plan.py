@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimtune.core.fold import Chain, Part
     from slimtune.core.host import Slot
 
-Which: TypeAlias = "str | None | Sequence[str] | Mapping[str, float]"
+Which: TypeAlias = "str | Sequence[str] | Mapping[str, float] | None"
 NameLink: TypeAlias = "list[tuple[str, Tensor | None]]"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from slimtune.core.state import Adapter, State
+from slimtune.core.state import Adapter
 
 
 @dataclass(frozen=True)
@@ -81,37 +82,31 @@ class Report:
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
 
 
-def make_report(model: nn.Module, state: State, adapter: Adapter) -> Report:
-    """Return the report of one adapter."""
-    from slimtune.core.targets import candidates, kind_of
+def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -> Report:
+    """Return the report of one adapter, without looking at any other."""
+    from slimtune.core.placing import base_modules, kind_at
+    from slimtune.core.targets import candidates
 
     rows, covered = [], set()
+    own: dict[int, Tensor] = {}
     for (path, _), op in adapter.ops.items():
         covered.add(path)
         params = list(op.parameters())
-        rows.append(
-            Row(
-                path=path,
-                module=base_name(model.get_submodule(path)),
-                port=op.port,
-                param=op.param,
-                shape=op.shape,
-                trainable=sum(p.numel() for p in params if p.requires_grad),
-                total=sum(p.numel() for p in params),
-            )
-        )
+        live = sum(p.numel() for p in params if p.requires_grad)
+        rows.append(Row(path, base_name(model.get_submodule(path)), op.port, op.param, op.shape, live, sum(p.numel() for p in params)))
+        own.update({id(t): t for t in (*params, *op.buffers())})
     left: dict[str, int] = {}
     experts = False
-    for path, module in candidates(model).items():
-        kind = kind_of(module)
-        if path in covered or kind is None or not kind.params or not kind.names(module):
+    modules = base_modules(model)
+    for path, module in candidates(model, modules).items():
+        kind = kind_at(module)
+        if path in covered or not kind.params or not kind.names(module):
             continue
         experts = experts or kind.name == "experts"
         key = f"{base_name(module)} {'x'.join(map(str, kind.shape(module, kind.names(module)[0])))}"
         left[key] = left.get(key, 0) + 1
-    base = {id(p): p for n, p in model.named_parameters() if ".slim." not in f".{n}"}
-    notes = ['3-D expert weights are not adapted: add "experts" to targets'] if experts else []
-    own = {id(t): t for op in adapter.ops.values() for t in (*op.parameters(), *op.buffers())}
+    base = {id(p): p for module in modules.values() for p in module._parameters.values() if p is not None}
+    advice = ['3-D expert weights are not adapted: add "experts" to targets'] if experts else []
     return Report(
         name=adapter.name,
         method=adapter.spec.method,
@@ -121,7 +116,7 @@ def make_report(model: nn.Module, state: State, adapter: Adapter) -> Report:
         total=sum(true_numel(p) for p in base.values()) + sum(r.total for r in rows),
         bytes=sum(t.numel() * t.element_size() for t in own.values()),
         base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
-        notes=notes,
+        notes=[*advice, *notes],
     )
 
 

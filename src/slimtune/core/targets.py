@@ -61,16 +61,17 @@ def heads(model: nn.Module) -> set[str]:
     return found
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
+def candidates(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, nn.Module]:
     """Return path -> module of everything a pattern may name: no slots, no parts of modules that are sites as a whole."""
+    from slimtune.core.placing import base_modules, kind_at
+
     found: dict[str, nn.Module] = {}
     closed: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(c) for c in closed) or path.split(".")[-1] == "slim" or ".slim." in f".{path}.":
+    for path, module in (base_modules(model) if modules is None else modules).items():
+        if any(path.startswith(c) for c in closed):
             continue
         found[path] = module
-        kind = kind_of(module)
-        if kind is not None and kind.name in {"attention", "experts"}:
+        if kind_at(module).name in {"attention", "experts"}:
             closed.append(f"{path}." if path else "")
     return found
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
-from slimtune.core.report import Report
+from slimtune.core.placing import check_free, install, kind_at, put_to_use
+from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, state_of, unwrap
 from slimtune.files.card import card, is_ours
@@ -35,7 +36,7 @@ from slimtune.files.fingerprint import Fingerprint, fingerprint
 from slimtune.files.layouts.base import PREFIX, Layout, Place, Taker
 from slimtune.files.layouts.generic import Generic
 from slimtune.files.layouts.registry import layout_for, layout_of
-from slimtune.files.place import check_free, install, kind_at, make_ops, method_of, not_finite, one_error, report_of
+from slimtune.files.place import make_ops, method_of, not_finite, one_error
 from slimtune.files.publish import publish
 from slimtune.version import __version__
 
@@ -206,9 +207,12 @@ def load(
         notes.append(f"{len(taker.left)} tensors of the file were left out: {', '.join(list(taker.left)[:4])}")
     if n := not_finite(made):
         notes.append(f"{n} tensors of the file hold NaN or infinity")
-    adapter = install(model, name, spec, made, trainable)
+    first = "slim_state" not in model.__dict__
+    adapter = install(model, name, spec, made, trainable=trainable)
+    if first or trainable:
+        put_to_use(model, adapter)
     adapter.meta = {"folder": str(folder), "own": about is not None}
-    return report_of(model, adapter, notes)
+    return make_report(model, adapter, notes)
 
 
 def read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, Any] | None, dict[str, Any] | None, list[str]]:

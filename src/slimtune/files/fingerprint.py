@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import FormatError
-from slimtune.files.layouts.patterns import base_modules
-from slimtune.files.place import kind_at
+from slimtune.core.placing import base_modules, kind_at
 
 TENSORS, VALUES, QUANTISED = 96, 4, 4
 _CODES = {torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}

@@ -1,4 +1,4 @@
-"""Putting the ops of a file onto a model: directly at their module paths, blank, and all of them or none.
+"""From a file to finished ops: built blank, directly at their module paths, and filled; the model is not touched (`core.placing` does that).
 
 Costs what the new adapter costs: nothing here walks over adapters that are attached already.
 """
@@ -8,27 +8,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from slimtune.core.attach import check_name
-from slimtune.core.errors import FileError, FormatError, MergeError, MismatchError, NameInUse, SiteError, SlimtuneError, closest
-from slimtune.core.host import Rooted, Slot, generalise, host, specialise, unhost, wrap_checkpoints
-from slimtune.core.kind import Kind
+from slimtune.core.errors import FileError, FormatError, MismatchError, SiteError, SlimtuneError, closest
 from slimtune.core.op import Op
-from slimtune.core.plan import Plan
-from slimtune.core.report import Report, Row, base_name, true_numel
+from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
-from slimtune.core.state import Adapter, State
-from slimtune.core.targets import kind_of
 from slimtune.files.layouts.base import Layout, Place, Taker
-from slimtune.files.layouts.patterns import base_modules
 from slimtune.methods.bitfit import BitFit, BitFitOp
 from slimtune.methods.dense import Dense, DenseOp
-from slimtune.ports.attention import switch_fast_path
 
 
 def method_of(op: Op, spec: Spec) -> str:
@@ -47,24 +38,6 @@ def owner(method: str, spec: Spec) -> Spec:
     if method in {"dense", "bitfit"}:
         return Dense() if method == "dense" else BitFit(missing="add")
     raise FormatError(f"the file holds ops of {method!r} in an adapter of {spec.method!r}")
-
-
-def check_free(model: nn.Module, name: str) -> None:
-    """Raise unless an adapter of this name can be put onto the model now.
-
-    Raises:
-        NameInUse, MergeError, SiteError: it cannot.
-    """
-    check_name(name)
-    state: State | None = model.__dict__.get("slim_state")
-    if state is None:
-        inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
-        if inside is not None:
-            raise SiteError(f"a part of this model carries adapters already: {inside}", hint="load onto the same object every time")
-    elif name in state.adapters:
-        raise NameInUse(f"an adapter is called {name!r} already", hint=f"st.load(..., name=another), or st.detach(model, {name!r}) first")
-    elif state.merged:
-        raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
 
 
 def module_at(model: nn.Module, path: str, where: str) -> nn.Module:
@@ -86,16 +59,6 @@ def module_at(model: nn.Module, path: str, where: str) -> nn.Module:
             )
     assert module is not None
     return module
-
-
-def kind_at(module: nn.Module) -> Kind:
-    """Return the kind of a module, without a search where it is hosted already."""
-    slot = module._modules.get("slim")
-    if isinstance(slot, Slot):
-        return slot.kind
-    kind = kind_of(module)
-    assert kind is not None, "BlockKind fits every module"
-    return kind
 
 
 def make_ops(
@@ -149,89 +112,6 @@ def make_ops(
             f"{len(wrong)} tensor(s) have the wrong shape: {'; '.join(wrong[:8])}", where=where, hint="this adapter was made for another base model"
         )
     return made
-
-
-def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str, Op]], trainable: bool) -> Adapter:
-    """Put finished ops into the model. The first adapter of a model comes into use at once, as does one to be trained."""
-    state: State | None = model.__dict__.get("slim_state")
-    first = state is None
-    adapter = Adapter(name, spec, trainable=trainable)
-    try:
-        if state is None:
-            state = State()
-            model.slim_state = state  # type: ignore[assignment]
-            specialise(model, Rooted)
-            wrap_checkpoints(model, state)
-        for site, key, op in made:
-            op.train(site.module.training)
-            host(site.module, state, site.kind, site.path).put(name, key, op)
-            adapter.ops[(site.path, key)] = op
-        if any(_in_encoder(model, site.path) for site, _, _ in made):
-            switch_fast_path(model, state)
-    except BaseException:
-        for site, _, _ in made:
-            slot = site.module._modules.get("slim")
-            if isinstance(slot, Slot):
-                slot.drop(name)
-                unhost(site.module)
-        if first:
-            generalise(model, Rooted)
-            model.__dict__.pop("slim_state", None)
-        raise
-    state.adapters[name] = adapter
-    if first or trainable:
-        for module in base_modules(model).values():
-            for p in module._parameters.values():
-                if p is not None:
-                    p.requires_grad_(False)
-    for p in adapter.parameters():
-        p.requires_grad_(trainable)
-    adapter.live = trainable
-    if trainable:
-        for other in state.adapters.values():
-            if other is not adapter:
-                other.set_live(False)
-    if first or trainable:
-        state.settle(Plan.of(name))
-    return adapter
-
-
-def _in_encoder(model: nn.Module, path: str) -> bool:
-    module: Any = model
-    for part in ["", *path.split(".")]:
-        module = module._modules[part] if part else module
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            return True
-    return False
-
-
-def report_of(model: nn.Module, adapter: Adapter, notes: list[str]) -> Report:
-    """Return the report of an adapter, without looking at any other."""
-    rows, covered, own, left = [], set(), {}, {}  # type: ignore[var-annotated]
-    for (path, _), op in adapter.ops.items():
-        covered.add(path)
-        params = list(op.parameters())
-        live = sum(p.numel() for p in params if p.requires_grad)
-        rows.append(Row(path, base_name(model.get_submodule(path)), op.port, op.param, op.shape, live, sum(p.numel() for p in params)))
-        own.update({id(t): t for t in (*params, *op.buffers())})
-    base: dict[int, nn.Parameter] = {}
-    for path, module in base_modules(model).items():
-        base.update({id(p): p for p in module._parameters.values() if p is not None})
-        kind = kind_at(module)
-        if path not in covered and kind.params and kind.names(module):
-            key = f"{base_name(module)} {'x'.join(map(str, kind.shape(module, kind.names(module)[0])))}"
-            left[key] = left.get(key, 0) + 1
-    return Report(
-        name=adapter.name,
-        method=adapter.spec.method,
-        rows=rows,
-        left=left,
-        trainable=sum(r.trainable for r in rows),
-        total=sum(true_numel(p) for p in base.values()) + sum(r.total for r in rows),
-        bytes=sum(t.numel() * t.element_size() for t in own.values()),
-        base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
-        notes=notes,
-    )
 
 
 def not_finite(made: list[tuple[Site, str, Op]]) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from slimtune.core.errors import FormatError, MismatchError, SpecError, closest
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
+from slimtune.core.placing import base_modules
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
 from slimtune.core.targets import kind_of
@@ -35,7 +36,6 @@ from slimtune.files.layouts.base import PREFIX, Codec, Layout, Place, Taker, dot
 from slimtune.files.layouts.full import BiasCodec, FullCodec
 from slimtune.files.layouts.lora_config import DEFAULTS, check_config
 from slimtune.files.layouts.patterns import (
-    base_modules,
     from_key,
     from_targets,
     layer_number,

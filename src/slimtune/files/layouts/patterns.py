@@ -14,8 +14,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from slimtune.core.targets import GROUPS, KINDS, ROLES
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
@@ -95,24 +93,6 @@ def shortest(path: str, paths: Collection[str]) -> str | None:
         if [p for p in paths if p.endswith(end)] == [path]:
             return end
     return None
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> module of the base, without looking at any adapter."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[path] = module
-        for name, child in module._modules.items():
-            if child is not None and name != "slim":
-                walk(f"{path}.{name}" if path else name, child)
-
-    walk("", model)
-    return found
 
 
 def _ends(path: str) -> list[str]:

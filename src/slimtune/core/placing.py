@@ -1,0 +1,175 @@
+"""Putting finished ops into a model, and taking them out: all of them or none, the same way for `attach` and `load`.
+
+The first adapter of a model also makes what the model needs once: its state, the root mixin, the check of rows against the batch,
+and the switches of fast paths that would bypass ops. Costs what the new adapter costs: nothing here walks over other adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from slimtune.core.errors import MergeError, NameInUse, SiteError
+from slimtune.core.host import KeepPlan, Rooted, Slot, check_rows, generalise, host, specialise, unhost, wrap_checkpoints
+from slimtune.core.kind import Kind
+from slimtune.core.op import Op
+from slimtune.core.plan import Plan
+from slimtune.core.site import Site
+from slimtune.core.spec import Spec
+from slimtune.core.state import Adapter, State
+from slimtune.core.targets import kind_of
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` can name an adapter (it becomes part of module and file names).
+
+    Raises:
+        NameInUse: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
+        raise NameInUse(f"{name!r} cannot name an adapter", hint="letters, digits, _ and -, at most 100 of them, not starting with -")
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise unless an adapter of this name can be put onto the model now.
+
+    Raises:
+        NameInUse, MergeError, SiteError: it cannot.
+    """
+    check_name(name)
+    state = model.__dict__.get("slim_state")
+    if state is None:
+        inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
+        if inside is not None:
+            raise SiteError(f"a part of this model carries adapters already: {inside}", hint="attach to the same object every time")
+    elif name in state.adapters:
+        raise NameInUse(f"an adapter is called {name!r} already", hint=f"choose another name, or st.detach(model, {name!r}) first")
+    elif state.merged:
+        raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> module of the base, without looking at any adapter."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None and name != "slim":
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return found
+
+
+def kind_at(module: nn.Module) -> Kind:
+    """Return the kind of a module, without a search where it is hosted already."""
+    slot = module._modules.get("slim")
+    if isinstance(slot, Slot):
+        return slot.kind
+    kind = kind_of(module)
+    assert kind is not None, "BlockKind fits every module"
+    return kind
+
+
+def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str, Op]], *, trainable: bool = True) -> Adapter:
+    """Put finished ops into the model as a new adapter, idle and frozen.
+
+    Args:
+        made: (site, key in the slot or "" for the usual one, op).
+        trainable: whether `use` may switch its gradients on later.
+    """
+    state: State | None = model.__dict__.get("slim_state")
+    first = state is None
+    adapter = Adapter(name, spec, trainable=trainable)
+    try:
+        if state is None:
+            state = _root(model)
+        for site, wanted, op in made:
+            key = wanted or (site.param if site.port == "weight" else site.port)
+            while (site.path, key) in adapter.ops:
+                key += "+"
+            op.train(site.module.training)
+            host(site.module, state, site.kind, site.path).put(name, key, op)
+            adapter.ops[(site.path, key)] = op
+    except BaseException:
+        _remove(name, (site.module for site, _, _ in made))
+        if first:
+            _unroot(model)
+        raise
+    if first or any(isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) for m in base_modules(model).values()):
+        _switch_fast_paths(model, state)
+    adapter.set_live(False)
+    state.adapters[name] = adapter
+    return adapter
+
+
+def uninstall(model: nn.Module, state: State, adapter: Adapter) -> None:
+    """Take an adapter out; with the last one gone the model has its very first classes again."""
+    _remove(adapter.name, [model.get_submodule(path) for path in dict.fromkeys(path for path, _ in adapter.ops)])
+    _switch_fast_paths(model, state)
+    del state.adapters[adapter.name]
+    if adapter.name in state.default.names:
+        state.settle(Plan.of(None))
+    if not state.adapters:
+        _unroot(model)
+
+
+def put_to_use(model: nn.Module, adapter: Adapter) -> None:
+    """Make an adapter the one in use and the only thing that trains."""
+    state: State = model.__dict__["slim_state"]
+    for module in base_modules(model).values():
+        for p in module._parameters.values():
+            if p is not None:
+                p.requires_grad_(False)
+    for other in state.adapters.values():
+        other.set_live(other is adapter and adapter.trainable)
+    state.settle(Plan.of(adapter.name))
+
+
+def _root(model: nn.Module) -> State:
+    state = State()
+    model.slim_state = state  # type: ignore[assignment]
+    specialise(model, Rooted)
+    wrap_checkpoints(model, state)
+    if hasattr(model, "main_input_name"):
+        model.register_forward_pre_hook(check_rows, with_kwargs=True)
+    return state
+
+
+def _unroot(model: nn.Module) -> None:
+    from slimtune.ports.quantised import exact_packing
+
+    exact_packing(model, False)
+    generalise(model, Rooted)
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is check_rows]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    model.__dict__.pop("slim_state", None)
+    for module in model.modules():
+        func = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(func, KeepPlan):
+            module.__dict__["_gradient_checkpointing_func"] = func.func
+
+
+def _remove(name: str, modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        slot = module._modules.get("slim")
+        if isinstance(slot, Slot):
+            slot.drop(name)
+            unhost(module)
+
+
+def _switch_fast_paths(model: nn.Module, state: State) -> None:
+    from slimtune.ports.attention import switch_fast_path
+    from slimtune.ports.quantised import exact_packing
+
+    switch_fast_path(model, state)
+    exact_packing(model, True)
