@@ -191,3 +191,12 @@ def test_embeddings_are_what_they_say_or_refused(name: str) -> None:
         out = model(**sample).logits
         st.merge(model)
         assert torch.allclose(model(**sample).logits, out, atol=1e-4)
+
+
+def test_a_dead_rank_pattern_is_an_error() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    for spec in (st.LoRA(rank_pattern={"q_proj": 2}), st.LoRA(alpha_pattern={"0": 3.0, "nope": 2.0})):
+        with pytest.raises(st.SlimtuneError, match="fits none of the 2 modules"):
+            st.attach(model, spec)
+    st.attach(model, st.LoRA(r=4, rank_pattern={"1": 2}))
+    assert [op.r for op in model.slim_state.adapters["default"].ops.values()] == [4, 2]

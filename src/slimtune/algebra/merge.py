@@ -16,6 +16,7 @@ from slimtune.core.errors import CapabilityError, MergeError
 from slimtune.core.fold import Chain
 from slimtune.core.host import Slot
 from slimtune.core.op import affine
+from slimtune.core.placing import kind_at
 from slimtune.core.plan import NameLink, Plan, Which
 from slimtune.core.state import BARE, State, state_of, unwrap
 from slimtune.ports.effective import effective
@@ -55,7 +56,7 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
     try:
         for module, param, chain in merged_sites(model, links):
             weight, bias = merged_values(module, param, chain)
-            undo.append(module.slim.kind.write(module, param, weight, bias))
+            undo.append(kind_at(module).write(module, param, weight, bias))
     except BaseException:
         for step in reversed(undo):
             step()

@@ -67,6 +67,8 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         raise TargetError(
             f"{type(spec).__name__} finds no place for itself", where=f"targets={spec.targets!r}", hint="name other modules with targets="
         )
+    if dead := spec.check_all(sites):
+        raise SpecError("; ".join(dead), where=f"{type(spec).__name__}(...)", hint="a module's path, a suffix of it, a glob or a regex on it")
     for _, site in specs:
         problem = site.kind.problem(site.module)
         if problem:

@@ -29,7 +29,7 @@ def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Te
         changed = x
         for op, w in link:
             if hasattr(op, "enter"):
-                entered = op.enter(x, host)
+                entered = op.enter(x, host)  # type: ignore[operator]
                 changed = entered if w is None else changed + w * (entered - x)
         x = changed
     seen.reverse()
@@ -38,18 +38,18 @@ def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Te
 
 def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Tensor:
     """Fold the links over the base's output y."""
-    for x, link in zip(seen, chain, strict=True):
+    for i, (x, link) in enumerate(zip(seen, chain, strict=True)):
         if len(link) == 1 and link[0][1] is None:
             op = link[0][0]
             if hasattr(op, "turn"):
-                y = op.turn(x, y, host)
+                y = op.turn(x, y, host, chain[:i])  # type: ignore[operator]
             elif hasattr(op, "run"):
                 y = op.add(x, y, host, None)
         else:
             if any(hasattr(op, "turn") for op, _ in link):
                 raise no_sum(next(op for op, _ in link if hasattr(op, "turn")), host)
             # Ops that read y see it as it was before this link, so they go before those that accumulate into it.
-            readers = [w * op.run(x, y, host) for op, w in link if hasattr(op, "run") and not hasattr(op, "delta")]
+            readers = [w * op.run(x, y, host) for op, w in link if hasattr(op, "run") and not hasattr(op, "delta")]  # type: ignore[operator]
             for d in readers:
                 y = y + d.to(y.dtype)
             for op, w in link:
@@ -61,7 +61,7 @@ def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Ten
 def no_sum(op: Op, host: nn.Module) -> CapabilityError:
     return CapabilityError(
         f"{type(op).__name__} transforms the weight it finds, so a weighted sum of it with others is not defined",
-        where=host.slim.path,
+        where=host.slim.path,  # type: ignore[union-attr, arg-type]
         hint="use it alone, in a stack (a list of names), or convert it to a LoRA first: st.convert(model, name, to=st.LoRA(r=...))",
     )
 
@@ -120,7 +120,7 @@ def replace_first(out: Any, y: Tensor) -> Any:
     if isinstance(out, Tensor):
         return y
     if isinstance(out, tuple) and hasattr(out, "_replace"):
-        return out._replace(**{out._fields[0]: y})
+        return out._replace(**{out._fields[0]: y})  # type: ignore[attr-defined]
     if isinstance(out, (tuple, list)):
         return type(out)((y, *out[1:]))
     key = next(iter(out.keys()))

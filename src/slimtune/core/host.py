@@ -121,7 +121,7 @@ def wrap_checkpoints(model: nn.Module, state: State) -> None:
     for module in model.modules():
         func = module.__dict__.get("_gradient_checkpointing_func")
         if func is not None and not isinstance(func, KeepPlan):
-            module._gradient_checkpointing_func = KeepPlan(state, func)
+            module.__dict__["_gradient_checkpointing_func"] = KeepPlan(state, func)
 
 
 class KeepPlan:
@@ -164,7 +164,7 @@ def hosted(base: type, mixins: tuple[type, ...]) -> type:
     """Return the subclass of `base` with `mixins` in front, made once."""
     key = (base, mixins)
     if key not in _CLASSES:
-        body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"slim_base": base, "slim_mixins": mixins, "__reduce_ex__": _reduce_ex}
         cls = type(base.__name__, (*mixins, base), body)
         if any(getattr(m, "keeps_signature", False) for m in mixins):
@@ -178,7 +178,7 @@ def _signed(cls: type, base: type) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return super(cls, self).forward(*args, **kwargs)
+        return super(cls, self).forward(*args, **kwargs)  # type: ignore[arg-type, misc]
 
     return forward
 
@@ -214,7 +214,8 @@ def base_class(module: nn.Module) -> type:
 
 def _blank(base: type, mixins: tuple[type, ...]) -> nn.Module:
     cls = hosted(base, mixins)
-    return cls.__new__(cls)
+    made: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
+    return made
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:

@@ -1,10 +1,11 @@
 """Op: what is done at one site. A small module; what it can do is what methods it has.
 
     run(x, y, host) -> d       contribution: the module's output becomes y + d; may be weighted and summed
-    turn(x, y, host) -> y'     replacement: order matters, so it may be stacked but not summed
+    turn(x, y, host, before) -> y'  replacement, after the links `before`: order matters, so it may be stacked but not summed
     enter(x, host) -> x'       changes the module's input
     weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
     bias(b | None) -> b'       exact form on the bias
+    hold()                     context in which what the method treats as a constant for gradients is one (its stated stop-gradient)
     rows(...)                  virtual tokens or keys/values to prepend (stream and attention ports)
 
 Tensors of an op are either trained (nn.Parameter) or carried (buffers); `roles` says what each trained one is, so that optimisers,

@@ -48,6 +48,10 @@ class Spec:
         """Return everything that stops this spec from working at `site`."""
         return []
 
+    def check_all(self, sites: list[Site]) -> list[str]:
+        """Return everything that is wrong with the sites as a whole (a pattern that fits none of them)."""
+        return []
+
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites this spec takes in a model (default: its targets, at its port)."""
         from slimtune.core.targets import find_sites
@@ -142,7 +146,7 @@ def type_problem(name: str, value: Any, annotation: str) -> str:
             return ""
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind in {"int", "float"}):
             continue
-        if part == "tuple[str,...]" and not all(isinstance(v, str) for v in value):
+        if part == "tuple[str,...]" and isinstance(value, tuple) and not all(isinstance(v, str) for v in value):
             continue
         return ""
     return f"{name} must be {annotation}, not {value!r}"

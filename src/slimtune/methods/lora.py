@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import SpecError
+from slimtune.core.errors import SpecError, closest
 from slimtune.core.op import Additive, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
@@ -179,6 +179,15 @@ class LoRA(Spec):
         if self.up_bias and not site.kind.takes_bias:
             wrong.append(f"a {site.kind.name} takes no bias: set up_bias=False")
         return wrong or init_problems(self.init, site, self)
+
+    def check_all(self, sites: list[Site]) -> list[str]:
+        names = [s.path for s in sites]
+        return [
+            f"{option}[{pattern!r}] fits none of the {len(sites)} modules; closest: {closest(pattern, names)}"
+            for option in ("rank_pattern", "alpha_pattern")
+            for pattern in (getattr(self, option) or {})
+            if not any(matches(pattern, s.path, s.module, set()) for s in sites)
+        ]
 
     def build(self, site: Site) -> LoRAOp:
         op = LoRAOp(site, self.rank(site), self.scale(site), self.dropout, self.up_bias)

@@ -23,6 +23,7 @@ class EmbeddingKind(Kind):
     """nn.Embedding, plain or with a constant output scale."""
 
     name = "embedding"
+    out_axis = 1
     ports = ("weight", "output")
     params = ("weight",)
     drops = False

@@ -56,7 +56,7 @@ def recognise_gated(module: nn.Module) -> tuple[str, str, str, str] | None:
         if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
             return None
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 2, gate.in_features, generator=generator).to(device=weight.device, dtype=weight.dtype)  # type: ignore[union-attr]
+        x = torch.randn(1, 2, gate.in_features, generator=generator).to(device=weight.device, dtype=weight.dtype)  # type: ignore[union-attr, arg-type]
         flags = {m: m.training for m in module.modules()}
         module.eval()
         try:

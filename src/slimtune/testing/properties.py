@@ -324,8 +324,8 @@ def folded(s: Subject, model: nn.Module, module: nn.Module, args: tuple, kwargs:
             return replayed(module, mine, which, x)
         if isinstance(which, dict):
             return y + sum(w * op.run(x, y, module) for name, w in which.items() for op in module.slim.ops(name))  # type: ignore
-        for op in mine:
-            y = op.turn(x, y, module) if hasattr(op, "turn") else y + op.run(x, y, module)
+        for i, op in enumerate(mine):
+            y = op.turn(x, y, module, [[(o, None)] for o in mine[:i]]) if hasattr(op, "turn") else y + op.run(x, y, module)
     return y
 
 

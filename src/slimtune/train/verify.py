@@ -58,7 +58,9 @@ def answers(run: Path, rows: Sequence[int], close: Sequence[int]) -> dict[str, l
 
 
 if __name__ == "__main__":
+    from slimtune.train.quiet import quiet
     from slimtune.train.runs import read_json
 
     asked = read_json(Path(sys.argv[2]))
-    write_json(Path(sys.argv[2]), answers(Path(sys.argv[1]), asked["rows"], asked["close"]))
+    with quiet():
+        write_json(Path(sys.argv[2]), answers(Path(sys.argv[1]), asked["rows"], asked["close"]))

@@ -1,0 +1,154 @@
+"""DoRA: W' = m * (W + dW) / |W + dW|, a modifier that gives any additive op a trained magnitude m for each output.
+
+Paper: arXiv 2402.09353; the norm gets no gradient (section 4.3). m starts as |W|, so the output starts unchanged.
+Cost: b more parameters per site. For a low-rank dW the norm is taken in Gram form,
+|W_i + s B_i A|^2 = |W_i|^2 + 2 s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T, without any [b, a] temporary: 2 b a r FLOPs, |W_i|^2 cached.
+Cannot: be part of a weighted sum (it rescales the weight it finds); stacks are fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.fold import Chain
+from slimtune.core.op import Additive, Op
+from slimtune.core.registry import register
+from slimtune.core.site import Site
+from slimtune.core.spec import Spec
+from slimtune.methods.lora import LoRA
+from slimtune.ports.effective import effective, of_param
+
+
+class DoRAOp(Op):
+    """m [b] over an additive op."""
+
+    roles = {"m": "gain"}
+
+    def __init__(self, site: Site, inner: Additive) -> None:
+        super().__init__(site)
+        self.inner = inner
+        if site.blank:
+            start = torch.empty(site.b, device=site.device, dtype=site.dtype)
+        else:
+            start = row_norms(site.read().detach().to(torch.float32 if site.dtype != torch.float64 else site.dtype), site.kind.out_axis)
+        self.m = nn.Parameter(start.to(site.dtype))
+        self._holding = False
+        self._held: Tensor | None = None
+        self._squares: tuple[int, int, Tensor] | None = None  # (id, version of W, |W_i|^2)
+
+    def weight(self, W: Tensor) -> Tensor:
+        V = self.inner.weight(W)
+        return V * _over(self.m.to(V.device, V.dtype) / row_norms(V, self.kind.out_axis), V, self.kind.out_axis)
+
+    def turn(self, x: Tensor, y: Tensor, host: nn.Module, before: Chain) -> Tensor:
+        norm = self._held
+        if norm is None:
+            with torch.no_grad():
+                norm = self.norm(host, before)
+            self._held = norm if self._holding else None
+        gain = (self.m / norm).to(y.dtype)
+        b = self.kind.bias(host, self.param)
+        if b is None:
+            return self.inner.add(x, y, host, None) * self.kind.along_output(gain, y)
+        b = self.kind.along_output(b.to(y.dtype), y)
+        return self.inner.add(x, y - b, host, None) * self.kind.along_output(gain, y) + b
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the first norm for all calls inside: the method's gradient takes it for a constant (section 4.3)."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding, self._held = False, None
+
+    def norm(self, host: nn.Module, before: Chain) -> Tensor:
+        """Return |W + dW| of every output, [b], in the parameters' type, where W is what the links before make of the base's weight."""
+        W = self.kind.read(host, self.param)
+        before = of_param(before, self.param)
+        if before:
+            W, _ = effective(W, None, before, host)
+            return row_norms(W.to(self.m.dtype) + self.inner.delta().to(self.m.dtype), self.kind.out_axis)
+        pair = self.inner.low_rank() if hasattr(self.inner, "low_rank") and W.dim() == 2 and self.kind.out_axis == 0 else None
+        if pair is None:
+            return row_norms(W.to(self.m.dtype) + self.inner.delta().to(self.m.dtype), self.kind.out_axis)
+        A, B, s, _ = pair
+        if torch.compiler.is_compiling():
+            return self._gram(W, A, B, s, W.to(self.m.dtype).square().sum(1))
+        if self._squares is None or self._squares[:2] != (id(W), W._version):
+            self._squares = (id(W), W._version, W.to(self.m.dtype).square().sum(1))
+        return self._gram(W, A, B, s, self._squares[2])
+
+    def _gram(self, W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor) -> Tensor:
+        WA = (W @ A.to(W.dtype).T).to(A.dtype)  # [b, a] @ [a, r] -> [b, r]
+        cross = (B * WA).sum(1)
+        own = ((B @ (A @ A.T)) * B).sum(1)
+        return (squares + 2 * s * cross + s * s * own).clamp_min_(1e-30).sqrt_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_squares": None}
+
+    def settings(self) -> dict[str, Any]:
+        return self.inner.settings()
+
+
+def row_norms(W: Tensor, axis: int) -> Tensor:
+    """Return the norm of W over every dimension but `axis`."""
+    return W.square().sum([d for d in range(W.dim()) if d != axis]).sqrt()
+
+
+def _over(v: Tensor, W: Tensor, axis: int) -> Tensor:
+    return v.view([-1 if d == axis else 1 for d in range(W.dim())])
+
+
+@register("dora")
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Spec):
+    """Weight-decomposed adaptation (arXiv 2402.09353) of an additive method.
+
+    Args:
+        of: the additive method whose delta gets a magnitude, such as `LoRA(r=8)` or `VeRA()` (DVoRA).
+        targets, layers, exclude, train_modules: default: those of `of`.
+
+    Example:
+        >>> import slimtune as st
+        >>> st.DoRA(of=st.LoRA(r=16)).of.r
+        16
+    """
+
+    of: Spec = field(default_factory=LoRA)
+    targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
+
+    def inner(self) -> Spec:
+        """Return the method inside, with this spec's targets."""
+        mine = {k: v for k in ("targets", "layers", "exclude", "train_modules") if (v := getattr(self, k))}
+        return replace(self.of, **mine)
+
+    def problems(self) -> list[str]:
+        return self.of.problems()
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return self.inner().sites(model)
+
+    def check(self, site: Site) -> list[str]:
+        wrong = self.inner().check(site)
+        if site.kind.name in {"experts", "attention"} or site.port != "weight":
+            wrong.append(f"DoRA's magnitude is not defined on {site.kind.name} weights")
+        if getattr(self.of, "up_bias", False):
+            wrong.append("DoRA rescales weights only: set up_bias=False inside it")
+        return wrong
+
+    def check_all(self, sites: list[Site]) -> list[str]:
+        return self.inner().check_all(sites)
+
+    def build(self, site: Site) -> DoRAOp:
+        op = self.inner().build(site)
+        if not isinstance(op, Additive):
+            raise TypeError(f"DoRA modifies additive methods; {self.of.method} is none")
+        return DoRAOp(site, op)
