@@ -22,9 +22,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "[set-up 1/3] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[set-up 2/3] torch, the version of constraints.txt"
-	@$(PIP) install --quiet -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt torch
 	@echo "[set-up 3/3] slimtune with its development extras (a few minutes the first time)"
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
 
 setup: $(VENV)/.ready

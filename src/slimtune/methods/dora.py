@@ -75,7 +75,7 @@ class DoRAOp(Op):
         if before:
             W, _ = effective(W, None, before, host)
             return row_norms(W.to(self.m.dtype) + self.inner.delta().to(self.m.dtype), self.kind.out_axis)
-        pair = self.inner.low_rank() if hasattr(self.inner, "low_rank") and W.dim() == 2 and self.kind.out_axis == 0 else None
+        pair = self.inner.low_rank() if hasattr(self.inner, "low_rank") and W.dim() == 2 and self.kind.out_axis == 0 else None  # type: ignore[operator]
         if pair is None:
             return row_norms(W.to(self.m.dtype) + self.inner.delta().to(self.m.dtype), self.kind.out_axis)
         A, B, s, _ = pair

@@ -69,7 +69,7 @@ def gradcheck(s: Subject) -> None:
     with contextlib.ExitStack() as held:
         for module in model.modules():
             if isinstance(module, Op) and hasattr(module, "hold"):
-                held.enter_context(module.hold())
+                held.enter_context(module.hold())  # type: ignore[operator]
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_undefined_grad=False, eps=s.case.step, atol=tol, rtol=max(tol, 1e-3))
     return None
 
