@@ -8,6 +8,7 @@ from torch import nn
 
 from slimtune.core.host import generalise, specialise
 from slimtune.core.state import unwrap
+from slimtune.savers.attention import lean_attention, plain_attention
 from slimtune.savers.head import ChunkedLoss, LeanHead, LeanLoss
 from slimtune.savers.mlp import LeanActivation, LeanGatedMLP, is_activation, recognise_gated
 from slimtune.savers.norms import LeanLayerNorm, LeanRMSNorm, recognise_rms
@@ -57,11 +58,11 @@ def lean(model: nn.Module) -> LeanReport:
         elif (mlp := recognise_gated(module)) is not None:
             module.slim_mlp = mlp  # type: ignore[assignment]
             take(module, LeanGatedMLP, "gated MLP")
-    reason = _lean_loss(model)
-    if reason:
-        left.append(f"loss head: {reason}")
-    else:
-        changed["loss head"] = 1
+    for form, reason in (("loss head", _lean_loss(model)), ("attention", lean_attention(model))):
+        if reason:
+            left.append(f"{form}: {reason}")
+        else:
+            changed[form] = 1
     return LeanReport(changed, left)
 
 
@@ -93,6 +94,7 @@ def unlean(model: nn.Module) -> None:
                 generalise(module, mixin)
         for name in ("slim_norm", "slim_mlp", "slim_head", "slim_pending"):
             module.__dict__.pop(name, None)
+    plain_attention(model)
     loss = model.__dict__.get("_loss_function")
     if isinstance(loss, ChunkedLoss):
         del model.__dict__["_loss_function"]

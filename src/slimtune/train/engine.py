@@ -75,6 +75,7 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
     say = say if processes.is_main_process else _to_nobody
     out = Path(str(recipe.out))
     existed = out.exists()
+    made = [parent for parent in (out, *out.parents) if not parent.exists()]
     folder = new_run(out, resume) if processes.is_main_process else RunFolder(out)
     processes.wait_for_everyone()
     try:
@@ -85,7 +86,18 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
     except BaseException:
         if processes.is_main_process and not existed and folder.latest_checkpoint() is None:
             shutil.rmtree(out, ignore_errors=True)  # nothing half-written
+            for parent in made[1:]:
+                with contextlib.suppress(OSError):  # somebody put something there meanwhile
+                    parent.rmdir()
         raise
+
+
+def checkpoint_blocks(model: Any, every: int) -> None:
+    """Make every `every`-th block keep its input only and run again in backward: less memory, more time."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [m for m in model.modules() if "gradient_checkpointing" in m.__dict__ and type(m).__name__.endswith(("Layer", "Block"))]
+    for i, block in enumerate(blocks):
+        block.gradient_checkpointing = i % every == 0
 
 
 def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool) -> RunResult:
@@ -97,11 +109,13 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
     if main:
         write_text(folder.recipe, recipe.dump())
         write_json(folder.environment, environment())
+    spec = job.spec()
+    if spec is not None:
+        spec.sites(job.model)  # a dead target is told before anything heavy is done
     held_out = job.held_out()
     before = _before(job, folder, held_out, say, main)
 
     set_seed(recipe.seed)
-    spec = job.spec()
     if spec is None:
         for p in job.model.parameters():
             p.requires_grad_(True)
@@ -111,10 +125,9 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         report = st.attach(job.model, spec, name=str(recipe.name))
         say(str(report))
         counts = {"trainable": report.trainable, "percent": report.percent, "modules": describe(report)}
-        if recipe.memory != "fast":
-            st.lean(job.model)
-    if recipe.gradient_checkpointing or recipe.memory == "least":
-        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        say(str(st.lean(job.model)))
+    if every := (1 if recipe.gradient_checkpointing else {"fast": 0, "balanced": 2, "least": 1}[recipe.memory]):
+        checkpoint_blocks(job.model, every)
 
     trainer = _trainer(job, folder, checkpoint, main)
     if checkpoint is not None:

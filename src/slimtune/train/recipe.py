@@ -65,7 +65,9 @@ class Recipe(BaseModel):
     clip: float = _key("train", 1.0, "clip the gradient's norm to this; 0 = do not clip", ge=0, allow_inf_nan=False)
     seed: int = _key("train", 0, "the same seed gives the same run", ge=0, lt=2**32)
     gradient_checkpointing: bool = _key("train", False, "less memory, about a third more time")
-    memory: Literal["fast", "balanced", "least"] = _key("train", "balanced", "what to give up first: memory or time")
+    memory: Literal["fast", "balanced", "least"] = _key(
+        "train", "fast", "fast keeps what backward needs; balanced runs every second block again instead, least every block"
+    )
     group_by_length: bool = _key("train", True, "batches of similar lengths: less padding")
     log_every: int = _key("train", 10, "steps between two lines of metrics", ge=1)
     eval_every: int | None = _key("train", None, "steps between two validations; empty = after each epoch", ge=1)
