@@ -25,15 +25,18 @@ class Slot(nn.Module):
     def __init__(self, state: State, kind: Kind, path: str) -> None:
         super().__init__()
         self.state, self.kind, self.path = state, kind, path
+        self.mixed: Any = None  # what a kind keeps for the plan it saw last
 
     def put(self, name: str, key: str, op: Op) -> None:
         """Keep `op` for an adapter; `key` is a weight's name or a port."""
         if name not in self._modules:
             self._modules[name] = Ops()
         self._modules[name]._modules[key] = op  # type: ignore[union-attr]
+        self.mixed = None
 
     def drop(self, name: str) -> None:
         self._modules.pop(name, None)
+        self.mixed = None
 
     def ops(self, name: str) -> list[Op]:
         """Return the ops of an adapter here, in the order they were attached."""
@@ -60,7 +63,7 @@ class Slot(nn.Module):
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        return {**self.__dict__, "mixed": None}
 
 
 class Ops(nn.Module):

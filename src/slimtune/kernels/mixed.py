@@ -21,15 +21,12 @@ class Stacked:
 
     sources: list[Tensor]
     versions: list[int]
-    scales: list[float]
     A: Tensor
     B: Tensor
 
-    def fresh(self, sources: list[Tensor], scales: list[float], dtype: torch.dtype) -> bool:
-        """Tell whether the stack still holds the very values of `sources`."""
-        if self.A.dtype != dtype or len(sources) != len(self.sources) or scales != self.scales:
-            return False
-        return all(p is q and p._version == v for p, q, v in zip(sources, self.sources, self.versions, strict=True))
+    def fresh(self) -> bool:
+        """Tell whether the stack still holds the very values of its sources."""
+        return [t._version for t in self.sources] == self.versions
 
 
 def stack(pairs: list[Pair], dtype: torch.dtype) -> Stacked:
@@ -37,7 +34,7 @@ def stack(pairs: list[Pair], dtype: torch.dtype) -> Stacked:
     sources = [t for A, B, _ in pairs for t in (A, B)]
     A = torch.stack([A.detach().to(dtype) for A, _, _ in pairs]).transpose(1, 2).contiguous()  # [S, a, r]
     B = torch.stack([(B.detach() * s).to(dtype).T for _, B, s in pairs]).contiguous()  # [S, r, b]
-    return Stacked(sources, [t._version for t in sources], [s for _, _, s in pairs], A, B)
+    return Stacked(sources, [t._version for t in sources], A, B)
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,9 @@ def groups(rows: list[list[int]], device: torch.device) -> Groups:
     index = [r[j] if j < len(r) else r[0] for r in rows for j in range(m)]
     real = [i * m + j for i, r in enumerate(rows) for j in range(len(r))]
     flat = [j for r in rows for j in r]
-    as_tensor = lambda v: torch.tensor(v, dtype=torch.long, device=device)  # noqa: E731
-    return Groups(as_tensor(index), None if len(real) == len(index) else as_tensor(real), as_tensor(flat), m)
+    padded = len(real) != len(index)
+    at, rows_at, real_at = (torch.tensor(v, dtype=torch.long, device=device) for v in (index, flat, real))
+    return Groups(at, real_at if padded else None, rows_at, m)
 
 
 def add_mixed(y: Tensor, x: Tensor, stacked: Stacked, g: Groups) -> Tensor:

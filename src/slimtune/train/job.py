@@ -177,19 +177,6 @@ class Job:
             raise CapabilityError("this model is a text classifier: it gives labels and cannot write", hint="slimtune eval RUN")
 
 
-def choose_attention(model: Any, recipe: Recipe) -> None:
-    """On a CPU, take the plain attention for short rows: its backward pass in bfloat16 is faster there than the fused one.
-
-    Long rows keep the fused kernel, which does not hold the t x t scores.
-
-    Args:
-        model: just loaded.
-        recipe: for the length of its rows.
-    """
-    if next(model.parameters()).device.type == "cpu" and (recipe.max_length or 512) <= 512:
-        model.set_attn_implementation("eager")
-
-
 def load_job(recipe: Recipe, say: Callable[[str], None]) -> Job:
     """Load a recipe's data and model.
 
@@ -199,7 +186,6 @@ def load_job(recipe: Recipe, say: Callable[[str], None]) -> Job:
     from slimtune.train.prepare import prepare
 
     p = prepare(recipe, say=say)
-    choose_attention(p.model, recipe)
     for note in p.data.notes:
         say(f"note: {note}")
     return Job(recipe, p.resolved, p.task, p.model, p.tokenizer, p.data.format, p.data.labels, p.data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.core.errors import DataError, FileError
-from slimtune.train.job import Job, choose_attention
+from slimtune.train.job import Job
 from slimtune.train.method_options import split_key
 from slimtune.train.recipe import Recipe
 from slimtune.train.runs import RunFolder, open_run, read_json
@@ -88,7 +88,6 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
         model, tokenizer = load_model(
             resolved, task=task, labels=labels if task == "classification" else (), dtype=recipe.dtype, quantize=recipe.quantize
         )
-        choose_attention(model, stored_recipe(folder))  # the same as in training, so that the answers are the same to the bit
         bundle = None
         if rows:
             bundle = _load_rows(recipe, tokenizer, task, labels, max_positions(load_config(resolved)))

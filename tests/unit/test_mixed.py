@@ -1,0 +1,106 @@
+"""Mixed batches of few tokens: the batched products give what each row gives alone, and notice every change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import slimtune as st
+
+
+def model(adapters: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False)).to(dtype)
+    for i in range(adapters):
+        st.attach(net, st.LoRA(r=3, dropout=0.5), name=f"a{i}")
+        with torch.no_grad():
+            for p in net.slim_state.adapters[f"a{i}"].parameters():  # type: ignore[union-attr, operator]
+                p.normal_()
+    return net.eval()
+
+
+def alone(net: nn.Module, x: torch.Tensor, rows: list[object]) -> torch.Tensor:
+    out = []
+    for i, which in enumerate(rows):
+        with st.use(net, which):  # type: ignore[arg-type]
+            out.append(net(x[i : i + 1]))
+    return torch.cat(out)
+
+
+def stacked(net: nn.Module) -> bool:
+    kept = net[0].slim.mixed  # type: ignore[index, union-attr]
+    return kept is not None and kept[1] is not None
+
+
+ROWS: list[list[object]] = [
+    ["a0", "a1", "a2", "a3"],
+    ["a2", None, "a0", "a2", "a1", "a2"],
+    ["a0", "a0", None, {"a1": 0.3}, "a3", "a0", {"a1": 0.3}],
+]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(8,), (5, 8)])
+@torch.no_grad()
+def test_equals_each_row_alone(rows: list[object], shape: tuple[int, ...]) -> None:
+    net = model(4)
+    x = torch.randn(len(rows), *shape, dtype=torch.float64)
+    with st.use(net, rows=rows):  # type: ignore[arg-type]
+        got = net(x)
+        assert stacked(net), "the batched form was meant to run"
+    torch.testing.assert_close(got, alone(net, x, rows), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_notices_changed_parameters_adapters_and_modes() -> None:
+    net = model(4)
+    rows: list[object] = ["a0", "a1", "a2", "a0"]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    use = st.use(net, rows=rows)  # type: ignore[arg-type]
+    first = net(x)
+    for p in net.slim_state.adapters["a1"].parameters():  # type: ignore[union-attr, operator]
+        p.mul_(2)
+    second = net(x)
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(first[0], second[0])
+    torch.testing.assert_close(second, alone(net, x, rows), rtol=1e-12, atol=1e-12)
+    net.train()
+    assert not torch.equal(net(x), net(x)), "dropout acts in training mode"
+    net.eval()
+    copied = copy.deepcopy(net)
+    st.detach(net, "a3")
+    torch.testing.assert_close(net(x), second)
+    torch.testing.assert_close(copied(x), second)
+    del use
+
+
+def test_with_gradients_every_adapter_gets_its_own() -> None:
+    net = model(4)
+    st.trainable(net, ["a0", "a1", "a2"])
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with st.use(net, rows=["a0", "a1", "a2", "a0"]):
+        net(x).sum().backward()
+    for name in ("a0", "a1", "a2"):
+        for p in net.slim_state.adapters[name].parameters():  # type: ignore[union-attr, operator]
+            assert p.grad is not None
+            assert p.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_mixed_ranks_and_methods_take_the_general_way() -> None:
+    net = model(2)
+    st.attach(net, st.LoRA(r=2), name="other")
+    st.attach(net, st.BitFit(), name="bias")
+    with torch.no_grad():
+        for name in ("other", "bias"):
+            for p in net.slim_state.adapters[name].parameters():  # type: ignore[union-attr, operator]
+                p.normal_()
+    rows: list[object] = ["a0", "other", "bias", ["a1", "bias"]]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with st.use(net, rows=rows):  # type: ignore[arg-type]
+        got = net(x)
+        assert not stacked(net)
+    torch.testing.assert_close(got, alone(net, x, rows), rtol=1e-12, atol=1e-12)
