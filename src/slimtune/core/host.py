@@ -17,6 +17,7 @@ from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.plan import NameLink
 from slimtune.core.state import State
+from slimtune.kernels.dropout import forget
 
 
 class Slot(nn.Module):
@@ -141,9 +142,11 @@ class KeepPlan:
 
         def planned(*inner: Any, **kw: Any) -> Any:
             leave = state.enter(plan)
+            forget()
             try:
                 return fn(*inner, **kw)
             finally:
+                forget()
                 leave()
 
         if self._reentrant(kwargs) and torch.is_grad_enabled():

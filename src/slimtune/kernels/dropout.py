@@ -15,14 +15,25 @@ from torch import Tensor
 _LAST = threading.local()
 
 
-def draw_seed(x: Tensor) -> int:
-    """Return the seed of the mask for x: the same as long as the same tensor object asks, a new one from torch's generator otherwise."""
+def draw_seed(x: Tensor, asking: Tensor) -> int:
+    """Return the seed of the mask for x, from torch's generator: one for all who read the same tensor object, a new one when one asks again.
+
+    Args:
+        x: what is dropped from.
+        asking: identifies who asks (its down projection): the same layer on the same input in the next step must get another mask.
+    """
     last = getattr(_LAST, "entry", None)
-    if last is not None and last[0]() is x and last[1] == x._version:
+    if last is not None and last[0]() is x and last[1] == x._version and id(asking) not in last[3]:
+        last[3].add(id(asking))
         return last[2]
     seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
-    _LAST.entry = (weakref.ref(x), x._version, seed)
+    _LAST.entry = (weakref.ref(x), x._version, seed, {id(asking)})
     return seed
+
+
+def forget() -> None:
+    """Share no mask with what ran before: at the border of a checkpointed region, whose second run must draw as its first."""
+    _LAST.entry = None
 
 
 def kept(shape: torch.Size, p: float, seed: int, device: torch.device) -> tuple[Tensor, float]:

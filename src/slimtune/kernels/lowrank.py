@@ -95,7 +95,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
     if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
     recipe = recipe_of(x)
-    return _LowRank.apply(x, y, None, None, A, B, scale, p, draw_seed(x) if p else 0, recipe.make, *recipe.inputs)
+    return _LowRank.apply(x, y, None, None, A, B, scale, p, draw_seed(x, A) if p else 0, recipe.make, *recipe.inputs)
 
 
 def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
@@ -107,4 +107,4 @@ def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
         A, B, scale, p: as in `add_low_rank`.
     """
     recipe = recipe_of(x)
-    return _LowRank.apply(x, None, weight, bias, A, B, scale, p, draw_seed(x) if p else 0, recipe.make, *recipe.inputs)
+    return _LowRank.apply(x, None, weight, bias, A, B, scale, p, draw_seed(x, A) if p else 0, recipe.make, *recipe.inputs)

@@ -1,0 +1,137 @@
+"""The low-rank kernels and their dropout: against autograd, and over steps, layers and checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import slimtune as st
+from slimtune.kernels.dropout import draw_seed, drop, forget, kept
+from slimtune.kernels.lowrank import add_low_rank, linear_low_rank
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(fused: bool, p: float, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, A, B = leaf(2, 3, 5), leaf(2, 5), leaf(4, 2)
+    W, b = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if bias else None
+
+    def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        forget()
+        if fused:
+            return linear_low_rank(x, W, b, A, B, 0.7, p)
+        return add_low_rank(F.linear(x, W, b), x, A, B, 0.7, p)
+
+    assert torch.autograd.gradcheck(call, (x, A, B))
+    torch.manual_seed(1)
+    forget()
+    xd = drop(x, p, draw_seed(x, A)) if p else x
+    torch.testing.assert_close(call(x, A, B), F.linear(x, W, b) + 0.7 * (xd @ A.T) @ B.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_autograd(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, A, B = leaf(2, 3, 16, dtype=dtype), leaf(4, 16, dtype=torch.float32), leaf(8, 4, dtype=torch.float32)
+    W = torch.randn(8, 16, dtype=dtype)
+    want = F.linear(x, W) + 0.5 * F.linear(F.linear(x, A.to(dtype)), B.to(dtype))
+    g = torch.randn_like(want)
+    expected = torch.autograd.grad(want, (x, A, B), g)
+    for got in (linear_low_rank(x, W, None, A, B, 0.5), add_low_rank(F.linear(x, W), x, A, B, 0.5)):
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+        torch.testing.assert_close(got, want, **tolerance)
+        for p, q in zip(torch.autograd.grad(got, (x, A, B), g), expected, strict=True):
+            assert p.dtype == q.dtype
+            torch.testing.assert_close(p, q, **tolerance)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, A, B = leaf(3, 5), leaf(2, 5), leaf(4, 2)
+    y = linear_low_rank(x, torch.randn(4, 5, dtype=torch.float64), None, A, B, 1.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_the_mask_is_fair_and_its_mean_exact() -> None:
+    for p in (0.05, 0.5, 0.9):
+        mask, scale = kept(torch.Size([400, 501]), p, 3, torch.device("cpu"))
+        assert abs(1 - mask.float().mean().item() - p) < 0.005
+        assert abs(1 / scale - (1 - p)) <= 2**-16
+        assert not torch.equal(mask, kept(torch.Size([400, 501]), p, 4, torch.device("cpu"))[0])
+        columns = 1 - mask.float().mean(0)
+        assert columns.min() > p - 0.15
+        assert columns.max() < p + 0.15
+
+
+def test_who_shares_a_mask() -> None:
+    forget()
+    x, other, q, k = torch.randn(3), torch.randn(3), torch.randn(1), torch.randn(1)
+    first = draw_seed(x, q)
+    assert draw_seed(x, k) == first, "projections of one input share its mask"
+    again = draw_seed(x, q)
+    assert again != first, "the same layer on the same input in the next step"
+    assert draw_seed(x, k) == again
+    assert draw_seed(other, k) != again
+    x.add_(1)
+    assert draw_seed(x, k) not in {first, again}, "a changed input is another input"
+
+
+def test_every_step_on_the_same_batch_has_its_own_mask() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16))
+    st.attach(net, st.LoRA(r=4, dropout=0.5))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_()
+    x = torch.randn(8, 16)
+    net.train()
+    assert not torch.equal(net(x), net(x))
+    torch.manual_seed(5)
+    a = net(x)
+    torch.manual_seed(5)
+    assert torch.equal(a, net(x)), "and the seed decides it"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_under_checkpointing(reentrant: bool) -> None:
+    """The second run of a region draws the masks of the first, also where the region's input is read outside it."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"outside": nn.Linear(8, 8), "q": nn.Linear(8, 8), "k": nn.Linear(8, 8)}).double()
+    st.attach(net, st.LoRA(r=2, dropout=0.5))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_()
+    params = [p for p in net.parameters() if p.requires_grad]
+    x = torch.randn(4, 8, dtype=torch.float64).requires_grad_()
+    keep = st.keep_plan(net, checkpoint)
+
+    def block(x: Tensor) -> Tensor:
+        return torch.tanh(net["q"](x)) * net["k"](x)
+
+    def run(wrapped: bool) -> list[Tensor]:
+        torch.manual_seed(7)
+        forget()
+        y = net["outside"](x)
+        if wrapped:
+            z = keep(block, x, use_reentrant=reentrant)
+        else:
+            forget()
+            z = block(x)
+        net.zero_grad()
+        x.grad = None
+        (y + z).square().sum().backward()
+        return [x.grad.clone(), *(p.grad.clone() for p in params)]  # type: ignore[union-attr]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(a, b)
