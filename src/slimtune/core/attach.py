@@ -81,6 +81,7 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
             hint="name other modules with targets=, or leave these out with exclude=",
         )
     shared: dict[str, Any] = {}
+    spec.prepare(sites, shared)
     made = [(site, "", owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
     return install(model, name, spec, made)
 

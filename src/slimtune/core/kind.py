@@ -83,6 +83,10 @@ class Kind:
         """Apply the delta of an `Additive` op to `x`; kinds with many weights in one ask the op for them one at a time."""
         return self.apply(x, op.delta(), host)
 
+    def over_outputs(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Return a vector [b] shaped so that it broadcasts over a canonical weight."""
+        return v.view([-1 if d == self.out_axis else 1 for d in range(weight.dim())])
+
     def along_output(self, v: Tensor, y: Tensor) -> Tensor:
         """Return a vector [b] shaped so that it broadcasts over the module's output y."""
         return v

@@ -52,6 +52,9 @@ class Spec:
         """Return everything that is wrong with the sites as a whole (a pattern that fits none of them)."""
         return []
 
+    def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
+        """Note in `shared` what ops need to know of all sites together, before the first is built."""
+
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites this spec takes in a model (default: its targets, at its port)."""
         from slimtune.core.targets import find_sites

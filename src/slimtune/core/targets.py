@@ -2,7 +2,7 @@
 
 A target is one of: a role ("all-linear", "attention", "mlp", "q", "down", "experts", ...); a module-name suffix ("q_proj",
 "self_attn.q_proj"); a glob ("*.layers.0.*"); a regex, which must match the full path ("re:..." or anything with regex signs).
-A pattern that matches nothing is an error that shows the closest names.
+A pattern that matches nothing is an error that shows the closest names, unless it starts with "maybe:" and another one matches.
 """
 
 from __future__ import annotations
@@ -160,13 +160,20 @@ def find_modules(
     ok = usable if callable(usable) else (lambda m: True)
     wanted: dict[str, nn.Module] = {}
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    for pattern in patterns:
+    first: TargetError | None = None
+    for written in patterns:
+        pattern = written.removeprefix("maybe:")
         _compiles(pattern)
         named = {p: m for p, m in found.items() if matches(pattern, p, m, head_paths)}
         hits = {p: m for p, m in named.items() if ok(m)}
         if not hits:
-            raise dead(pattern, found, named, ok)
+            error = dead(pattern, found, named, ok)
+            if pattern == written:
+                raise error
+            first = first or error
         wanted |= hits
+    if not wanted and first is not None:
+        raise first
     for pattern in [exclude] if isinstance(exclude, str) else list(exclude):
         _compiles(pattern)
         out = [p for p, m in found.items() if matches(pattern, p, m, head_paths)]

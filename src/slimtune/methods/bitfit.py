@@ -6,18 +6,15 @@ Cannot: change a weight (converting it to a LoRA is not defined).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import TargetError
 from slimtune.core.op import Op, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
-
-DEFAULT = ("all-linear", "norm")
 
 
 class BitFitOp(Op):
@@ -52,35 +49,18 @@ class BitFit(Spec):
         'add'
     """
 
-    targets: str | tuple[str, ...] = DEFAULT
+    targets: str | tuple[str, ...] = ("maybe:all-linear", "maybe:norm")
     missing: str = "auto"
 
     def problems(self) -> list[str]:
         return [] if self.missing in {"auto", "skip", "add"} else [f'missing must be "auto", "skip" or "add", not {self.missing!r}']
 
     def sites(self, model: nn.Module) -> list[Site]:
-        sites = super().sites(model) if self.targets != DEFAULT else self._default_sites(model)
+        sites = super().sites(model)
         have = [s for s in sites if s.kind.bias(s.module, s.param) is not None]
         if self.missing == "add" or (self.missing == "auto" and not have):
             return [s for s in sites if s.kind.takes_bias]
         return have
-
-    def _default_sites(self, model: nn.Module) -> list[Site]:
-        """Return the sites of each default target that the model has: a model without norms is no mistake of the user's."""
-        found: dict[tuple[str, str], Site] = {}
-        missing: list[TargetError] = []
-        for target in DEFAULT:
-            try:
-                found |= {(s.path, s.param): s for s in replace(self, targets=target)._targeted(model)}
-            except TargetError as error:
-                missing.append(error)
-        if not found:
-            raise missing[0]
-        order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-        return sorted(found.values(), key=lambda s: order[s.path])
-
-    def _targeted(self, model: nn.Module) -> list[Site]:
-        return super().sites(model)
 
     def check(self, site: Site) -> list[str]:
         return [] if site.kind.takes_bias else [f"a {site.kind.name} takes no bias"]

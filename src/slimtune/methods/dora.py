@@ -44,7 +44,7 @@ class DoRAOp(Op):
 
     def weight(self, W: Tensor) -> Tensor:
         V = self.inner.weight(W)
-        return V * _over(self.m.to(V.device, V.dtype) / row_norms(V, self.kind.out_axis), V, self.kind.out_axis)
+        return V * self.kind.over_outputs(self.m.to(V.device, V.dtype) / row_norms(V, self.kind.out_axis), V)
 
     def turn(self, x: Tensor, y: Tensor, host: nn.Module, before: Chain) -> Tensor:
         norm = self._held
@@ -103,10 +103,6 @@ def row_norms(W: Tensor, axis: int) -> Tensor:
     return W.square().sum([d for d in range(W.dim()) if d != axis]).sqrt()
 
 
-def _over(v: Tensor, W: Tensor, axis: int) -> Tensor:
-    return v.view([-1 if d == axis else 1 for d in range(W.dim())])
-
-
 @register("dora")
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Spec):
@@ -146,6 +142,9 @@ class DoRA(Spec):
 
     def check_all(self, sites: list[Site]) -> list[str]:
         return self.inner().check_all(sites)
+
+    def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
+        self.inner().prepare(sites, shared)
 
     def build(self, site: Site) -> DoRAOp:
         op = self.inner().build(site)

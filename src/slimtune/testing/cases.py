@@ -254,7 +254,8 @@ CASES: list[Case] = [
     Case("nf4", _four_bit("nf4"), _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
     Case("fp4", _four_bit("fp4"), _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
     Case("int8", _eight_bit, _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
-    Case("Llama", _llama, _ids, targets=None, step=1e-3),
+    # transformers rounds a float64 norm to float32 inside, so an adapted one can agree to that only
+    Case("Llama", _llama, _ids, targets=None, step=1e-3, rtol=2e-6),
 ]  # fmt: skip
 
 

@@ -24,22 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import FormatError, MismatchError, SpecError, closest
+from slimtune.core.errors import FormatError, MismatchError
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
-from slimtune.core.targets import kind_of
 from slimtune.files.container import TensorFile
 from slimtune.files.layouts.base import PREFIX, Codec, Layout, Place, Taker, dotted
 from slimtune.files.layouts.full import BiasCodec, FullCodec
 from slimtune.files.layouts.lora_config import DEFAULTS, check_config
+from slimtune.files.layouts.lora_reading import KEY, all_there, drop_base_copies, kind_known, look_up, lora_places, other_places, spec_of
 from slimtune.files.layouts.patterns import (
-    from_key,
-    from_targets,
-    layer_number,
-    named_by,
     shortest,
     to_pattern,
     to_targets,
@@ -50,7 +46,6 @@ from slimtune.files.place import method_of
 # Up to this version the reference adds the delta of an attention module's output projection twice (its pull request 3774), in training as well.
 # So this is what its files mean; ours hold half of B there, to mean the same.
 TWICE = (0, 21, 2)
-_KEY = re.compile(r"(?P<path>.*?)\.?(?P<tensor>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
 
 
 class LoRACodec(Codec):
@@ -205,25 +200,25 @@ class LoRALayout(Layout):
         self.twice = _version(config["peft_version"]) <= TWICE
         modules = base_modules(model)
         taker = Taker(file, self.names(file))
-        _drop_base_copies(taker, modules, config, relax)
-        places = _lora_places(taker, modules, config)
-        spec = _spec(config)
+        drop_base_copies(taker, modules, config, relax)
+        places = lora_places(taker, modules, config)
+        spec = spec_of(config)
         loras = {p.path for p in places}
-        places += _other_places(taker, modules, config, loras)
+        places += other_places(taker, modules, config, loras)
         self.prepare(places, model)
         places = [replace(p, settings=self._settings(p, modules[p.path], taker, config, spec)) if p.method == "lora" else p for p in places]
-        _all_there(config, modules, places, file, relax)
+        all_there(config, modules, places, file, relax)
         return spec, places, taker
 
     def _settings(self, place: Place, module: nn.Module, taker: Taker, config: dict[str, Any], spec: Spec) -> dict[str, Any]:
-        kind = _kind(module)
+        kind = kind_known(module)
         a, b, bias = LoRACodec(self.depth).names(place, kind)
         if a not in taker:
             raise MismatchError(f"{a} is missing", where=str(taker.file.path), hint="fetch the file again, or ask who made it")
         rows = taker.shape(a)[0] if taker.shape(a) else 0
         key = f"{place.path}.{place.param}" if kind.name == "experts" else place.path
-        r = int(_look_up(config["rank_pattern"], key, config["r"]))
-        alpha = _look_up(config["alpha_pattern"], key, config["lora_alpha"])
+        r = int(look_up(config["rank_pattern"], key, config["r"]))
+        alpha = look_up(config["alpha_pattern"], key, config["lora_alpha"])
         held = rows // kind.shape(module, place.param)[0] if kind.name == "experts" else rows
         if held != r:
             raise MismatchError(
@@ -248,7 +243,7 @@ def clean_names(file: TensorFile) -> dict[str, str]:
         if ".original_module." in short:
             continue  # a copy of the base that bias="all" drags along
         alias = short.replace(".modules_to_save.", ".")
-        if alias.endswith("bias") and not _KEY.fullmatch(alias):
+        if alias.endswith("bias") and not KEY.fullmatch(alias):
             alias = alias.replace("base_layer.", "")  # a bias of the base below a LoRA
         if alias != short and prefix + alias in file.entries:
             continue  # the same once more, for the same reason
@@ -258,12 +253,6 @@ def clean_names(file: TensorFile) -> dict[str, str]:
 
 def _version(text: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", str(text or "0"))[:3])
-
-
-def _kind(module: nn.Module) -> Kind:
-    kind = kind_of(module)
-    assert kind is not None, "the kind of any module is known: BlockKind fits all"
-    return kind
 
 
 def _paths(adapter: Adapter) -> dict[str, dict[str, Op]]:
@@ -288,153 +277,3 @@ def _usual(values: dict[str, Any]) -> Any:
     return min(counts, key=lambda v: (-counts[v], v))
 
 
-def _look_up(patterns: dict[str, Any], path: str, default: float) -> float:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return float(value)
-    return default
-
-
-def _spec(config: dict[str, Any]) -> Spec:
-    from slimtune.methods.lora import LoRA
-
-    layers = config["layers_to_transform"]
-    layers = [layers] if isinstance(layers, int) else layers
-    targets = from_targets(config["target_modules"] or [])
-    if config["target_parameters"]:
-        targets = ("experts",) if not targets else (*([targets] if isinstance(targets, str) else targets), "experts")
-    values: dict[str, Any] = {
-        "r": config["r"], "alpha": float(config["lora_alpha"]), "rank_stabilised": config["use_rslora"], "dropout": float(config["lora_dropout"]),
-        "up_bias": config["lora_bias"], "targets": targets or (), "layers": ",".join(map(str, layers)) if layers else None,
-        "exclude": from_targets(config["exclude_modules"] or []),
-        "rank_pattern": {from_key(k): v for k, v in config["rank_pattern"].items()} or None,
-        "alpha_pattern": {from_key(k): v for k, v in config["alpha_pattern"].items()} or None,
-        "train_modules": tuple(from_targets([m])[0] for m in config["modules_to_save"] or ()),
-    }  # fmt: skip
-    spec = LoRA(**values)
-    try:
-        spec.validate()
-    except SpecError as error:
-        raise FormatError(f"adapter_config.json describes no LoRA that makes sense: {error.what}") from None
-    return spec
-
-
-def _lora_places(taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any]) -> list[Place]:
-    """Return the places of the LoRA ops by the names in the file, in the order of the model."""
-    heads: dict[str, None] = {}
-    for name in taker.left:
-        if found := _KEY.fullmatch(name):
-            heads[found["path"]] = None
-    places = []
-    for head in heads:
-        path, param, levels = head, "weight", 0
-        if head.endswith("base_layer.out_proj"):
-            path, param = head.removesuffix("base_layer.out_proj").rstrip("."), "out_proj"
-        while path.endswith("base_layer"):
-            path, levels = path.removesuffix("base_layer").rstrip("."), levels + 1
-        module = modules.get(path)
-        if module is None:
-            last = path.rpartition(".")[2]
-            raise MismatchError(
-                f"the file adapts {path!r}, which this model does not have",
-                where=str(taker.file.path),
-                hint=f"closest: {closest(path, [p for p in modules if p.endswith(last)] or list(modules))}; is it the right base?",
-            )
-        kind = _kind(module)
-        if kind.name == "attention" and param == "weight":
-            param = "in_proj_weight"
-        if kind.name == "experts" and config["target_parameters"]:
-            wanted = named_by(config["target_parameters"], [f"{path}.{p}" for p in module._parameters])
-            order = [p for p in module._parameters if f"{path}.{p}" in wanted]
-            if levels >= len(order):
-                raise MismatchError(f"the file nests {levels + 1} parameters at {path}, its config names {len(order)}", where=str(taker.file.path))
-            param, levels = order[len(order) - 1 - levels], 0
-        if "weight" not in kind.ports or param not in kind.names(module) or levels:
-            raise MismatchError(f"a {type(module).__name__} takes no LoRA on {param!r}", where=path, hint="is it the right base?")
-        if problem := kind.problem(module):
-            raise MismatchError(problem, where=path)
-        places.append(Place(path, param, "weight", param, "lora"))
-    order_of = {path: i for i, path in enumerate(modules)}
-    params = {p: i for p in modules for i, p in enumerate(modules[p]._parameters)}
-    return sorted(places, key=lambda p: (order_of[p.path], params.get(p.param, 99)))
-
-
-def _other_places(taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any], loras: set[str]) -> list[Place]:
-    """Return the places of fully trained modules and of trained biases."""
-    saved = config["modules_to_save"] or []
-    places: dict[tuple[str, str], Place] = {}
-    for name in list(taker.left):
-        if _KEY.fullmatch(name):
-            continue
-        path, _, tensor = name.rpartition(".")
-        full = any(path == p or path.startswith(f"{p}.") for p in modules for m in saved if p.endswith(m)) if saved else False
-        weight = "in_proj_weight" if tensor == "in_proj_bias" else "weight" if tensor == "bias" else tensor
-        parent = path.rpartition(".")[0]
-        if path.endswith("out_proj") and parent in modules and _kind(modules[parent]).name == "attention":
-            path, weight = parent, "out_proj"
-        module = modules.get(path)
-        if module is None:
-            continue  # stays in `left`: reported as unexpected
-        kind = _kind(module)
-        if "weight" not in kind.ports or weight not in kind.names(module):
-            continue
-        if full:
-            places[path, weight] = Place(path, weight, "weight", weight, "dense")
-        elif tensor == "bias" and config["bias"] != "none" and kind.takes_bias:
-            places[path, weight] = Place(path, f"{weight}+" if path in loras else weight, "weight", weight, "bitfit")
-    return list(places.values())
-
-
-def _drop_base_copies(taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any], relax: frozenset[str]) -> None:
-    """Check the copies of embedding weights that the reference adds when embeddings are targeted: they must be those of this base."""
-    for name in list(taker.left):
-        path = name.removesuffix(".weight").removesuffix(".base_layer")
-        module = modules.get(path)
-        if not name.endswith(".weight") or module is None or _KEY.fullmatch(name):
-            continue
-        if not name.endswith(".base_layer.weight") and not path.endswith(("embed_tokens", "lm_head")):
-            continue
-        if any(path.endswith(m) for m in config["modules_to_save"] or []):
-            continue
-        own = _kind(module).read(module, "weight").detach().cpu()
-        theirs = taker.take(name)
-        assert theirs is not None
-        close = own.shape == theirs.shape and torch.allclose(own.float(), theirs.float(), rtol=2e-2, atol=1e-6)
-        if not close and "base" not in relax:
-            raise MismatchError(
-                f"the file brings its own {path}.weight {list(theirs.shape)}, which is not that of this model {list(own.shape)}",
-                where=str(taker.file.path),
-                hint="load the base it was trained on (after model.resize_token_embeddings, if tokens were added), or st.load(..., relax='base')",
-            )
-
-
-def _all_there(config: dict[str, Any], modules: dict[str, nn.Module], places: list[Place], file: TensorFile, relax: frozenset[str]) -> None:
-    """Raise unless every module that the config targets has its tensors in the file."""
-    have = {p.path for p in places if p.method == "lora"}
-    if not have:
-        raise FormatError(f"{file.path.name} holds no LoRA tensor", where=str(file.path))
-    targets = config["target_modules"]
-    if targets is None or targets == "all-linear" or "missing" in relax:
-        return
-    named = named_by(targets, modules) - named_by(config["exclude_modules"] or [], modules)
-    named = {p for p in named if not any(re.match(rf"(^|.*\.){m}($|\..*)", p) for m in config["modules_to_save"] or [])}
-    layers = config["layers_to_transform"]
-    if layers is not None and layers != [] and not isinstance(targets, str):
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        named = {p for p in named if _number(p, config["layers_pattern"]) in wanted}
-    absent = sorted(p for p in named - have if _kind(modules[p]).name in {"linear", "conv", "embedding", "attention"})
-    if absent:
-        raise MismatchError(
-            f"{len(absent)} module(s) that the config targets have no tensors in the file: {', '.join(absent[:4])}",
-            where=str(file.path),
-            hint="fetch the file again; to load what there is: st.load(..., relax='missing')",
-        )
-
-
-def _number(path: str, stacks: str | list[str] | None) -> int | None:
-    if not stacks:
-        return layer_number(path)
-    for stack in [stacks] if isinstance(stacks, str) else stacks:
-        if found := re.match(rf"(?:^|.*?\.){stack}\.(\d+)\.", path):
-            return int(found[1])
-    return None
