@@ -34,19 +34,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = root / "train.py"
     script.write_text(RUN)
     recipes = [str(recipe(root, name, processes=2)) for name in CASES]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *recipes]
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("report:") == len(CASES), "one process speaks"
+    said = launch(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], script, recipes)
+    assert said.count("report:") == len(CASES), "one process speaks"
     return root
 
 
-def recipe(root: Path, name: str, processes: int) -> Path:
+def launch(launcher: list[str], script: Path, recipes: list[str]) -> str:
+    """Run the recipes on two processes; return what was printed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", *launcher, str(script), *recipes], env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def recipe(root: Path, name: str, processes: int, by: str = "") -> Path:
     case = CASES[name]
-    return tiny.recipe(
-        root / f"{name}-{processes}", model=root / case["task"], data=root / "data", name="a", out="run", epochs=2, batch_size=8 // processes, **case
-    )
+    folder, batch = root / f"{name}-{processes}{by}", 8 // processes
+    return tiny.recipe(folder, model=root / case["task"], data=root / "data", name="a", out="run", epochs=2, batch_size=batch, **case)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -64,3 +68,13 @@ def test_two_processes_equal_one_with_twice_the_batch(world: Path, name: str) ->
     assert x["tokens"] == y["tokens"]
     assert x["accuracy_after"] == y["accuracy_after"]
     assert x["loss_after"] == pytest.approx(y["loss_after"], rel=1e-4)
+
+
+def test_accelerate_launch_gives_the_same_bytes(world: Path) -> None:
+    path = recipe(world, "causal", processes=2, by="-accelerate")
+    flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch(["accelerate.commands.launch", *flags], world / "train.py", [str(path)])
+    files = [world / run / "run" / "adapter" / "adapter_model.safetensors" for run in ("causal-2", "causal-2-accelerate")]
+    one, other = (safetensors.torch.load_file(file) for file in files)
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
