@@ -87,7 +87,8 @@ def table(steps: list[dict[str, Any]], mixed: list[dict[str, Any]], env: dict[st
 
 def main() -> None:
     steps = [
-        call("benchmarks.training_step", "--dtype", d, "--dropout", str(p), "--method", m, "--masked", str(k), "--repeats", "5") for d, p, m, k in STEPS
+        call("benchmarks.training_step", "--dtype", d, "--dropout", str(p), "--method", m, "--masked", str(k), "--repeats", "5")
+        for d, p, m, k in STEPS
     ]
     mixed = [call("benchmarks.mixed_batch", "--rows", str(r), "--adapters", str(a), "--theirs") for r, a in MIXED]
     env = environment()
