@@ -6,7 +6,6 @@ It is no buffer of any op, so moving the model does not copy it once per op; eac
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +24,10 @@ class RandomMatrix:
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def at(self, like: Tensor) -> Tensor:
-        """Return the matrix on the device and in the type of `like`."""
+        """Return the matrix on the device and in the type of `like`; ops ask once while they are built, as compiled code cannot draw it."""
         key = (like.device, like.dtype)
         if key not in self._made:
             bound = 1.0 / math.sqrt(self.shape[1])
             drawn = torch.empty(self.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(self.seed))
             self._made[key] = drawn.to(device=like.device, dtype=like.dtype)
         return self._made[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"shape": self.shape, "seed": self.seed, "_made": {}}

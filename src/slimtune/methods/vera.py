@@ -31,6 +31,7 @@ class VeRAOp(Additive):
         self.shared_A, self.shared_B, self.a, self.b = A, B, site.a, site.b
         self.d = nn.Parameter(torch.full((A.shape[0],), d_start, device=site.device, dtype=site.dtype))
         self.l = nn.Parameter(torch.zeros(site.b, device=site.device, dtype=site.dtype))
+        self.factors()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (diag(d) A, diag(l) B) of this layer."""
@@ -63,6 +64,7 @@ class VeRAOp(Additive):
         r, seed = self.shared_A.shape[0], self.shared_A.seed
         if (self.shared_A.shape[1], self.shared_B.shape[0]) != (a, b):
             self.shared_A, self.shared_B = shared(site, r, a, b, seed)
+            self.factors()
 
 
 def shared(site: Site, r: int, a: int, b: int, seed: int) -> tuple[RandomMatrix, RandomMatrix]:
