@@ -40,7 +40,7 @@ class DoRAOp(Op):
         self.m = nn.Parameter(start.to(site.dtype))
         self._holding = False
         self._held: Tensor | None = None
-        self._squares: tuple[int, int, Tensor] | None = None  # (id, version of W, |W_i|^2)
+        self._squares: tuple[Tensor, int, Tensor] | None = None  # (the base's parameter, its version, |W_i|^2)
 
     def weight(self, W: Tensor) -> Tensor:
         V = self.inner.weight(W)
@@ -81,8 +81,10 @@ class DoRAOp(Op):
         A, B, s, _ = pair
         if torch.compiler.is_compiling():
             return self._gram(W, A, B, s, W.to(self.m.dtype).square().sum(1))
-        if self._squares is None or self._squares[:2] != (id(W), W._version):
-            self._squares = (id(W), W._version, W.to(self.m.dtype).square().sum(1))
+        source = host._parameters[self.param]  # kept itself, not its id: a new parameter must never pass for the old one
+        assert source is not None
+        if self._squares is None or self._squares[0] is not source or self._squares[1] != source._version:
+            self._squares = (source, source._version, W.to(self.m.dtype).square().sum(1))
         return self._gram(W, A, B, s, self._squares[2])
 
     def _gram(self, W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor) -> Tensor:
