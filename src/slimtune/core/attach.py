@@ -56,33 +56,29 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         raise SpecError(f"attach needs a spec, not {type(spec).__name__}", hint="st.attach(model, st.LoRA(r=16))")
     spec.validate()
     check_free(model, name)
-    sites = spec.sites(model)
-    specs: list[tuple[Spec, Any]] = [(spec, site) for site in sites]
-    if spec.train_modules:
-        from slimtune.methods.dense import Dense
-
-        full = Dense(targets=spec.train_modules)
-        specs += [(full, site) for site in full.sites(model)]
-    if not sites:
-        raise TargetError(
-            f"{type(spec).__name__} finds no place for itself", where=f"targets={spec.targets!r}", hint="name other modules with targets="
-        )
-    if dead := spec.check_all(sites):
-        raise SpecError("; ".join(dead), where=f"{type(spec).__name__}(...)", hint="a module's path, a suffix of it, a glob or a regex on it")
-    for _, site in specs:
+    placed = [(part, part.sites(model)) for part in spec.parts()]
+    for part, sites in placed:
+        if not sites:
+            where = f"targets={part.targets!r}"
+            raise TargetError(f"{type(part).__name__} finds no place for itself", where=where, hint="name other modules with targets=")
+        if dead := part.check_all(sites):
+            raise SpecError("; ".join(dead), where=f"{type(part).__name__}(...)", hint="a module's path, a suffix of it, a glob or a regex on it")
+    for site in (site for _, sites in placed for site in sites):
         problem = site.kind.problem(site.module)
         if problem:
             raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
-    wrong = [f"{site}: {p}" for owner, site in specs for p in owner.check(site)]
+    wrong = [f"{site}: {p}" for part, sites in placed for site in sites for p in part.check(site)]
     if wrong:
         raise SpecError(
-            f"{type(spec).__name__} does not fit {len(wrong)} of {len(specs)} sites: " + "; ".join(wrong[:8]),
+            f"{type(spec).__name__} does not fit {len(wrong)} of {sum(len(sites) for _, sites in placed)} sites: " + "; ".join(wrong[:8]),
             where=wrong[0].split(": ")[0],
             hint="name other modules with targets=, or leave these out with exclude=",
         )
-    shared: dict[str, Any] = {}
-    spec.prepare(sites, shared)
-    made = [(site, "", owner.build(site.for_build(dtype, blank, shared))) for owner, site in specs]
+    made = []
+    for i, (part, sites) in enumerate(placed):
+        shared: dict[str, Any] = {}
+        part.prepare(sites, shared)
+        made += [(site, "", part.make(site.for_build(dtype, blank, shared), i)) for site in sites]
     return install(model, name, spec, made)
 
 

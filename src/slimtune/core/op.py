@@ -31,10 +31,14 @@ class Op(nn.Module):
 
     Attributes:
         kind, param, shape: of the site: its module kind, the weight's name and canonical shape.
+        method, part: registered name of the spec that built it, and that spec's index in the adapter's `Spec.parts` (None: it is
+            in none of them, as the biases in a file of the reference library).
         roles: trained tensor name -> "down" | "up" | "gain" | "bias" | "core" | "dense".
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    method: str = ""
+    part: int | None = None
 
     def __init__(self, site: Site) -> None:
         super().__init__()

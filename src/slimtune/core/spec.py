@@ -40,6 +40,25 @@ class Spec:
         """Return the op for one site, its tensors on `site.device` in `site.dtype`."""
         raise NotImplementedError
 
+    def make(self, site: Site, part: int | None = None) -> Op:
+        """Build the op for one site and note in it which recipe it is from.
+
+        Args:
+            site: as `Site.for_build` returns it.
+            part: the index of this recipe in the `parts` of the adapter's own.
+        """
+        op = self.build(site)
+        op.method, op.part = self.method, part
+        return op
+
+    def parts(self) -> tuple[Spec, ...]:
+        """Return the recipes whose ops make up one adapter: this one, and full training of its `train_modules`."""
+        if not self.train_modules:
+            return (self,)
+        from slimtune.methods.dense import Dense
+
+        return (self, Dense(targets=self.train_modules))
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with the hyper-parameters themselves."""
         return []

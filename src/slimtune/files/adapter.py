@@ -36,7 +36,7 @@ from slimtune.files.fingerprint import Fingerprint, fingerprint
 from slimtune.files.layouts.base import PREFIX, Layout, Place, Taker
 from slimtune.files.layouts.generic import Generic
 from slimtune.files.layouts.registry import layout_for, layout_of
-from slimtune.files.place import make_ops, method_of, not_finite, one_error
+from slimtune.files.place import make_ops, not_finite, one_error
 from slimtune.files.publish import publish
 from slimtune.version import __version__
 
@@ -103,7 +103,7 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
     """Return config, tensors and metadata of an adapter's files."""
     layout = layout_for(adapter, model)
     places = [
-        Place(path, key, op.port, op.param, method_of(op, adapter.spec), op.settings()) for (path, key), op in adapter.ops.items()
+        Place(path, key, op.port, op.param, op.method, op.settings(), op.part) for (path, key), op in adapter.ops.items()
     ]
     layout.prepare(places, model)
     tensors: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +19,25 @@ from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.files.layouts.base import Layout, Place, Taker
-from slimtune.methods.bitfit import BitFit, BitFitOp
-from slimtune.methods.dense import Dense, DenseOp
+from slimtune.methods.bitfit import BitFit
+from slimtune.methods.dense import Dense
 
 
-def method_of(op: Op, spec: Spec) -> str:
-    """Return the method an op belongs to: that of its adapter's spec, or of a helper that may stand beside it."""
-    return "dense" if isinstance(op, DenseOp) else "bitfit" if isinstance(op, BitFitOp) else spec.method
-
-
-def owner(method: str, spec: Spec) -> Spec:
-    """Return the spec that builds the ops of a method for an adapter with this spec.
+def owner(place: Place, spec: Spec) -> Spec:
+    """Return the spec that builds the op of a place in an adapter with this spec.
 
     Raises:
         FormatError: none does.
     """
-    if method == spec.method:
-        return spec
-    if method in {"dense", "bitfit"}:
-        return Dense() if method == "dense" else BitFit(missing="add")
-    raise FormatError(f"the file holds ops of {method!r} in an adapter of {spec.method!r}")
+    parts = spec.parts()
+    if place.part is not None:
+        parts = parts[place.part : place.part + 1] if type(place.part) is int and place.part >= 0 else ()
+    found = next((p for p in parts if p.method == place.method), None)
+    if found is None and place.part is None and place.method in {"dense", "bitfit"}:  # what a file may hold beside its method's ops
+        return Dense() if place.method == "dense" else BitFit(missing="add")
+    if found is None:
+        raise FormatError(f"the file holds ops of {place.method!r} in an adapter of {spec.method!r}")
+    return found
 
 
 def module_at(model: nn.Module, path: str, where: str) -> nn.Module:
@@ -70,7 +70,8 @@ def make_ops(
         MismatchError: they do not fit; every missing or mis-shaped tensor is named, up to eight.
         FormatError: the settings in the file make no sense.
     """
-    where, shared, made, wrong = str(taker.file.path), {}, [], []  # type: ignore[var-annotated]
+    where, made, wrong = str(taker.file.path), [], []  # type: ignore[var-annotated]
+    shared: dict[int | None, dict[str, Any]] = {}
     layout.prepare(places, model)
     for place in places:
         module = module_at(model, place.path, where)
@@ -85,10 +86,10 @@ def make_ops(
         site = Site(path=place.path, port=place.port, kind=kind, module=module, param=place.param, shape=shape)
         if site.device.type == "meta":
             raise MismatchError("the base has no weights yet (its device is meta)", where=place.path, hint="load the base's weights first")
-        maker = owner(place.method, spec)
+        maker = owner(place, spec)
         if problems := maker.check(site):
             raise MismatchError(f"{site}: {problems[0]}", where=where)
-        op = maker.build(site.for_build(dtype, True, shared))
+        op = maker.make(site.for_build(dtype, True, shared.setdefault(place.part, {})), place.part)
         op.resume(place.settings, site)
         tensors = layout.codec(place.method).take(place, op, module, kind, taker)
         wants = op.expects(module)

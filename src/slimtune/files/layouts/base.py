@@ -27,6 +27,7 @@ class Place:
         port, param: of the site.
         method: registered name of the spec that builds the op.
         settings: `Op.settings()` at the time of saving.
+        part: that spec's index in `Spec.parts`, None in files of others and for ops beside them.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Place:
     param: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
+    part: int | None = None
 
     def __str__(self) -> str:
         return f"{self.path or '(the model)'}.{self.param}"

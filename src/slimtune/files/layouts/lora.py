@@ -41,7 +41,6 @@ from slimtune.files.layouts.patterns import (
     to_targets,
 )  # fmt: skip
 from slimtune.files.layouts.reference import HEADS, about_model
-from slimtune.files.place import method_of
 
 # Up to this version the reference adds the delta of an attention module's output projection twice (its pull request 3774), in training as well.
 # So this is what its files mean; ours hold half of B there, to mean the same.
@@ -160,7 +159,7 @@ class LoRALayout(Layout):
         modules = base_modules(model)
         by_method = _paths(adapter)
         full, biases = by_method.get("dense", {}), by_method.get("bitfit", {})
-        ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if method_of(op, spec) == "lora"]
+        ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if op.method == "lora"]
         experts = [(path, op) for path, op in ops if op.kind.name == "experts"]
         plain = {path for path, op in ops if op.kind.name != "experts"}
         ranks: dict[str, int] = {}
@@ -258,7 +257,7 @@ def _version(text: Any) -> tuple[int, ...]:
 def _paths(adapter: Adapter) -> dict[str, dict[str, Op]]:
     found: dict[str, dict[str, Op]] = {}
     for (path, _), op in adapter.ops.items():
-        found.setdefault(method_of(op, adapter.spec), {})[path] = op
+        found.setdefault(op.method, {})[path] = op
     return found
 
 
