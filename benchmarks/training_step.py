@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.live_bytes import LiveBytes
 from benchmarks.models import ours, reference, same_start, smollm2
+from slimtune.testing.live_bytes import LiveBytes
 
 
 def batch(rows: int, tokens: int, vocab: int, masked: float = 0.0) -> dict[str, torch.Tensor]:

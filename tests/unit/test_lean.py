@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Gemma2Config
 import slimtune as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.live_bytes import LiveBytes
+from slimtune.testing.live_bytes import LiveBytes
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
 

@@ -141,6 +141,24 @@ def demo(
     _run("demo", model, compare, out)
 
 
+bench = typer.Typer(no_args_is_help=True, help="Compare methods on small tasks with real models.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="methods", epilog=_example("slimtune bench methods", "slimtune bench methods --task minilm-reviews --only lora --only ia3"))
+def bench_methods(
+    task: Annotated[list[str] | None, typer.Option(help="minilm-reviews, smollm2-reviews or smollm2-phonemes; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these contenders.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results.jsonl is kept; what it holds is not measured again.")] = Path("runs/arena"),
+    page: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the page and the pictures go; default: beside the results.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="scores, costs or both (default). Take costs on an idle machine.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps for everybody: a quick look, no result.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+) -> None:
+    """Let every method learn the same tasks, beside all weights, a head alone, TF-IDF and the reference library (about three hours)."""
+    _run("bench", task or [], only or [], out, page, part or ["scores", "costs"], steps, seeds)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 

@@ -1,0 +1,144 @@
+"""Who competes: every registered method with its defaults, all weights, a head alone, TF-IDF, and the reference library where it has the method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from slimtune.arena.tasks import Task
+
+TRIALS = 3  # learning rates tried for everybody: a third of the usual one, the usual one, three times it
+SEEDS = (0, 1, 2)
+
+# What people start from with each kind of parameter; the search goes both ways from here.
+RATES = {
+    "full": 5e-5, "head": 5e-3, "dense": 5e-3, "ia3": 5e-3, "vera": 1e-2, "ln_tuning": 3e-3, "bitfit": 3e-3, "prompt_tuning": 3e-2,
+    "p_tuning": 3e-3, "multitask_prompt": 3e-2, "prefix_tuning": 1e-2, "p_tuning_v2": 1e-2, "trainable_tokens": 1e-3,
+}  # fmt: skip
+USUAL = 1e-3
+
+MAIN = ("lora", "dora", "adalora", "vera", "ia3", "bottleneck", "prefix_tuning", "prompt_tuning")  # those that also run on the larger model
+FIXED = ("majority", "tfidf")  # nothing to train by gradient
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        name: a method's registered name, "full", "head", "probe", "tfidf" or "majority".
+        library: "slimtune", "peft" or "" (neither).
+    """
+
+    name: str
+    library: str = "slimtune"
+
+    def __str__(self) -> str:
+        return f"peft {self.name}" if self.library == "peft" else self.name
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try."""
+        if self.name in FIXED or self.name == "probe":
+            return (0.0,)
+        usual = RATES.get(self.name, USUAL)
+        return tuple(float(f"{usual * f:.1e}") for f in (1 / 3, 1.0, 3.0))
+
+
+def contenders(task: Task) -> list[Contender]:
+    """Return everybody who takes part in a task."""
+    from slimtune.core.registry import methods
+
+    names = [n for n, cls in methods().items() if cls.__module__.startswith("slimtune.")]
+    wide = task.settings.get("task") == "classification"
+    chosen = [n for n in names if (wide or n in MAIN) and n != "dense"]
+    out = [Contender(n) for n in chosen]
+    out += [Contender(n, "peft") for n in chosen if n in REFERENCE]
+    if wide:
+        out.append(Contender("head"))
+    elif task.score == "accuracy":
+        out.append(Contender("probe", ""))
+    out.append(Contender("full", ""))
+    if task.score == "accuracy":
+        out += [Contender("majority", ""), Contender("tfidf", "")]
+    return out
+
+
+# ---- ours -------------------------------------------------------------------------------------------------------------
+def spec_of(name: str, task: Task, steps: int) -> Any:
+    """Return the spec of a method with its defaults; a classifier's head trains with all of them."""
+    from slimtune.core.registry import spec_class
+
+    cls = spec_class("dense" if name == "head" else name)
+    options: dict[str, Any] = {}
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if "total_steps" in fields:
+        options["total_steps"] = steps
+    if task.settings.get("task") == "classification" and name != "head":
+        options["train_modules"] = "head"
+    return cls(**options)
+
+
+# ---- the reference library, with the settings that are our defaults -------------------------------------------------------
+def _linear(spec: Any) -> dict[str, Any]:
+    return {"r": spec.r, "target_modules": "all-linear"}
+
+
+def _lora(spec: Any, steps: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(lora_alpha=2 * spec.r, **_linear(spec))
+
+
+def _dora(spec: Any, steps: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(lora_alpha=2 * spec.of.r, use_dora=True, **_linear(spec.of))
+
+
+def _vera(spec: Any, steps: int) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(r=spec.r, d_initial=spec.d_start, target_modules="all-linear", save_projection=False)
+
+
+def _ia3(spec: Any, steps: int) -> Any:
+    from peft import IA3Config
+
+    return IA3Config()
+
+
+def _ln(spec: Any, steps: int) -> Any:
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(target_modules=".*LayerNorm|.*layernorm|.*norm")
+
+
+def _adalora(spec: Any, steps: int) -> Any:
+    from peft import AdaLoraConfig
+
+    same = {
+        "init_r": spec.init_r, "target_r": spec.target_r, "tinit": spec.t_init or 0, "tfinal": spec.t_final or 0, "deltaT": spec.delta_t,
+        "beta1": spec.beta1, "beta2": spec.beta2,
+    }  # fmt: skip
+    return AdaLoraConfig(total_step=steps, target_modules="all-linear", **same)
+
+
+def _prompt(spec: Any, steps: int) -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(num_virtual_tokens=spec.p)
+
+
+def _prefix(spec: Any, steps: int) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(num_virtual_tokens=spec.p)
+
+
+REFERENCE: dict[str, Callable[[Any, int], Any]] = {
+    "lora": _lora, "dora": _dora, "vera": _vera, "ia3": _ia3, "ln_tuning": _ln, "adalora": _adalora, "prompt_tuning": _prompt,
+    "prefix_tuning": _prefix,
+}  # fmt: skip

@@ -1,0 +1,115 @@
+"""The arena's page: one table a task and a picture of score against trained parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slimtune.arena.contenders import TRIALS
+from slimtune.arena.run import results
+from slimtune.arena.store import Store
+from slimtune.arena.tasks import TASKS, Task
+from slimtune.train.report import size
+
+HEAD = ("who", "score", "spread", "parameters trained", "s / step", "peak memory of a step", "file", "forgetting", "learning rate")
+
+
+def write(store: Store, folder: Path) -> list[Path]:
+    """Write README.md and a picture for each task that has results; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made, parts = [], [_introduction(store)]
+    for task in TASKS:
+        rows = results(task, store)
+        if not rows:
+            continue
+        picture = folder / f"{task.name}.png"
+        pareto(task, rows, picture)
+        made.append(picture)
+        parts.append(section(task, rows))
+    page = folder / "README.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return [page, *made]
+
+
+def _introduction(store: Store) -> str:
+    versions = sorted({str(c.get("version", {}).get("commit", "?")) for c in store.cells.values()})
+    libraries = {k: v for c in store.cells.values() for k, v in c.get("version", {}).items() if k != "commit"}
+    hours = sum(float(c.get("took", 0)) for c in store.cells.values()) / 3600
+    return "\n".join(
+        [
+            "# The arena: do they learn?",
+            "",
+            "Made by `slimtune bench methods`; every cell is a line of `results.jsonl`. Every contender starts from the same model, sees the same",
+            "rows in the same order for the same number of steps, and gets the same search:",
+            f"{TRIALS} learning rates, the best on validation rows; then the seeds with that one, scored on test rows.",
+            "`peft` rows are the reference library with the same settings under the same Trainer. Methods run with their defaults: this is a",
+            "small and honest comparison, not a tuned one, and differences within the spread are none.",
+            "",
+            "Forgetting is the rise of the loss per token on plain English that has nothing to do with the task. Peak memory is forward and",
+            "backward over the model's own weights, exact bytes. The file is what is saved; the base is not in it.",
+            "",
+            f"Commit(s) {', '.join(versions)}; {', '.join(f'{k} {v}' for k, v in sorted(libraries.items()))}; {hours:.1f} hours so far.",
+            "",
+        ]
+    )
+
+
+def section(task: Task, rows: list[dict[str, Any]]) -> str:
+    """Return a task's table, best first, as Markdown."""
+    lines = [
+        f"## {task.title}", "", f"{task.steps} steps of {task.batch} rows; {task.test} test rows. Score: "
+        + ("accuracy." if task.score == "accuracy" else "1 - phoneme error rate."), "", f"![score against trained parameters]({task.name}.png)", "",
+        "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|",
+    ]  # fmt: skip
+    done = sorted((r for r in rows if r["refused"] is None), key=lambda r: -r["score"])
+    for r in done:
+        seconds = "" if r["seconds"] is None else f"{r['seconds']:.3f}"
+        peak = "" if r["peak_bytes"] is None else size(r["peak_bytes"])
+        forgetting = "" if r["forgetting"] is None else f"{r['forgetting']:+.3f}"
+        spread = f"{r['spread']:.3f} ({r['seeds']} seeds)" if r["seeds"] > 1 else ""
+        lines.append(
+            f"| {r['who']} | {r['score']:.3f} | {spread} | {r['trainable']:,} | {seconds} | {peak} "
+            f"| {size(r['bytes']) if r['bytes'] else ''} | {forgetting} | {r['lr']:g} |"
+        )
+    lines += ["", *(f"- {r['who']} takes no part: {r['refused']}" for r in rows if r["refused"] is not None), ""]
+    return "\n".join(lines)
+
+
+def pareto(task: Task, rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw score against trained parameters, with the line of those that nothing smaller beats."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(9, 5.5), dpi=130)
+    ours = [r for r in rows if r["refused"] is None and r["trainable"] and r["library"] != "peft"]
+    theirs = [r for r in rows if r["refused"] is None and r["trainable"] and r["library"] == "peft"]
+    flat = [r for r in rows if r["refused"] is None and not r["trainable"]]
+    for group, colour, mark, label in ((ours, "#1f6f8b", "o", "slimtune"), (theirs, "#d1813f", "x", "reference library")):
+        if group:
+            ax.errorbar(
+                [r["trainable"] for r in group], [r["score"] for r in group], yerr=[r["spread"] for r in group], fmt=mark, color=colour, label=label,
+                capsize=2, alpha=0.85, markersize=5, linewidth=0.8,
+            )  # fmt: skip
+    front, best = [], float("-inf")
+    for r in sorted(ours, key=lambda r: (r["trainable"], -r["score"])):
+        if r["score"] > best:
+            best = r["score"]
+            front.append(r)
+    ax.step([r["trainable"] for r in front], [r["score"] for r in front], where="post", color="#1f6f8b", alpha=0.35, linewidth=1.2)
+    for i, r in enumerate(sorted(ours, key=lambda r: r["trainable"])):
+        ax.annotate(r["name"], (r["trainable"], r["score"]), xytext=(4, (5, -10, 14, -18)[i % 4]), textcoords="offset points", fontsize=7)
+    for r in flat:
+        ax.axhline(r["score"], color="#888888", linewidth=0.8, linestyle="--")
+        at: Any = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 3), "textcoords": "offset points", "ha": "right"}
+        ax.annotate(r["name"], (1, r["score"]), fontsize=7, **at)
+    ax.set_xscale("log")
+    ax.set_xlabel("parameters trained")
+    ax.set_ylabel("accuracy" if task.score == "accuracy" else "1 - phoneme error rate")
+    ax.set_title(task.title, loc="left", fontsize=11)
+    ax.grid(alpha=0.25)
+    ax.legend(loc="upper left", fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Software": None})
+    plt.close(fig)
