@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +26,58 @@ def smollm2(dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def minilm(dtype: torch.dtype) -> nn.Module:
+    """Return MiniLM with its real weights and a new head of two classes."""
+    from transformers import AutoModelForSequenceClassification
+
+    from slimtune.arena.tasks import MINILM
+    from slimtune.train.models import resolve_model
+
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(
+        resolve_model(MINILM).path_or_hub_id, dtype=dtype, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+
+
+def vit(dtype: torch.dtype) -> nn.Module:
+    """Return a ViT-S/16 of random weights (time and bytes do not depend on them) with ten classes."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, num_labels=10, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return ViTForImageClassification(config).to(dtype)
+
+
+BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {"smollm2": smollm2, "minilm": minilm, "vit": vit}
+
+
+def inputs(name: str, model: nn.Module, rows: int, tokens: int, masked: float = 0.0) -> dict[str, torch.Tensor]:
+    """Return a batch for a model of `BASES`: random tokens or pixels; `masked` of the tokens carry no label."""
+    g = torch.Generator().manual_seed(0)
+    if name == "vit":
+        pixels = torch.randn(rows, 3, 224, 224, generator=g).to(next(model.parameters()).dtype)
+        return {"pixel_values": pixels, "labels": torch.arange(rows) % 10}
+    ids = torch.randint(5, 20_000, (rows, tokens), generator=g)
+    if name == "minilm":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
+    labels = ids.clone()
+    if masked:
+        labels[:, : int(tokens * masked)] = -100
+    return {"input_ids": ids, "labels": labels, "use_cache": False}  # type: ignore[dict-item]
+
+
+def linear_names(base: nn.Module) -> list[str]:
+    """Return the paths of every linear layer inside the blocks."""
+    return [p for p, m in base.named_modules() if isinstance(m, nn.Linear) and any(part.isdigit() for part in p.split("."))]
+
+
 def ours(base: nn.Module, *, r: int = 16, dropout: float = 0.0, method: str = "lora", layers: str | None = None, lean: bool = True) -> nn.Module:
-    """Return a copy of `base` with our adapter on all seven projections."""
+    """Return a copy of `base` with our adapter on every linear layer of its blocks."""
     model = copy.deepcopy(base)
-    lora = st.LoRA(r=r, alpha=2 * r, dropout=dropout, targets=ALL_SEVEN, layers=layers)
+    lora = st.LoRA(r=r, alpha=2 * r, dropout=dropout, targets=tuple(linear_names(base)), layers=layers)
     st.attach(model, lora if method == "lora" else st.DoRA(of=lora))  # type: ignore[attr-defined]
     if lean:
         st.lean(model)
@@ -39,7 +88,7 @@ def reference(base: nn.Module, *, r: int = 16, dropout: float = 0.0, method: str
     """Return a copy of `base` wrapped by the reference library with the same adapter."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(ALL_SEVEN), use_dora=method == "dora")
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=linear_names(base), use_dora=method == "dora")
     return get_peft_model(copy.deepcopy(base), config).train()
 
 

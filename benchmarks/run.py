@@ -1,10 +1,12 @@
-"""Every benchmark, one process each, ours and the reference library side by side: `make bench`.
+"""Every benchmark, one process each, ours and the reference library side by side: `make bench`, about an hour; `--only NAME` for one of them.
 
-Writes docs/benchmarks/results.json (every raw sample and the environment) and docs/benchmarks/README.md (the table).
+Writes docs/benchmarks/results.json (every raw sample and the environment), README.md (the tables) and the pictures. What was measured before
+stays until it is measured again, so one part can be renewed alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -15,19 +17,33 @@ from typing import Any
 
 import torch
 
+from benchmarks import page
+
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-STEPS = [
-    ("bfloat16", 0.05, "lora", 0.0),
-    ("bfloat16", 0.0, "lora", 0.0),
-    ("float32", 0.0, "lora", 0.0),
-    ("bfloat16", 0.0, "dora", 0.0),
-    ("bfloat16", 0.0, "lora", 0.7),
-]
-COLUMNS = (
-    "dtype", "method", "dropout", "labels masked", "kept, peft", "kept, slimtune", "ratio", "peak ratio", "step, peft", "step, slimtune", "ratio",
-    "over the floor",
-)  # fmt: skip
-MIXED = [(16, 16), (64, 32)]
+_STEP = "benchmarks.training_step"
+JOBS: dict[str, list[list[str]]] = {
+    "steps": [
+        [_STEP, "--dtype", "bfloat16", "--dropout", "0.05"],
+        [_STEP, "--dtype", "bfloat16"],
+        [_STEP, "--dtype", "float32", "--repeats", "5"],
+        [_STEP, "--dtype", "float32", "--dropout", "0.05", "--repeats", "5"],
+        [_STEP, "--dtype", "bfloat16", "--method", "dora"],
+        [_STEP, "--dtype", "bfloat16", "--method", "dora", "--dropout", "0.05", "--repeats", "5"],
+        [_STEP, "--dtype", "bfloat16", "--masked", "0.7"],
+        [_STEP, "--model", "minilm", "--dtype", "float32", "--rows", "16", "--tokens", "128"],
+        [_STEP, "--model", "vit", "--dtype", "float32", "--rows", "8", "--repeats", "5"],
+        [_STEP, "--dtype", "bfloat16", "--compile", "--repeats", "5"],
+    ],
+    "mixed": [["benchmarks.mixed_batch", "--rows", str(r), "--adapters", str(a), "--theirs"] for r, a in ((16, 16), (64, 32))],
+    "many": [["benchmarks.many_adapters", "--adapters", "100", "--theirs", "30"]],
+    "decode": [["benchmarks.decode", "--dtype", "bfloat16"], ["benchmarks.decode", "--dtype", "float32"]],
+    "trunk": [["benchmarks.trunk", "--dtype", "bfloat16"]],
+    "head": [["benchmarks.head_memory", "--masked", "0.7"]],
+    "loss": [["benchmarks.loss_curve", "--dtype", "float32", "--steps", "200"]],
+    "growth": [["benchmarks.growth"]],
+    "combine": [["benchmarks.combine"]],
+    "meta": [["benchmarks.meta_attach"]],
+}
 
 
 def call(module: str, *args: str) -> dict[str, Any]:
@@ -50,53 +66,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(steps: list[dict[str, Any]], mixed: list[dict[str, Any]], env: dict[str, Any]) -> str:
-    """Return the figures as Markdown."""
-    lines = [
-        "# Beside the reference library",
-        "",
-        "Made by `make bench`. SmolLM2-135M with its real weights, LoRA or DoRA r=16 on all seven projections, AdamW, 4 x 256 tokens.",
-        "Bytes are exact (every storage counted when it is made and when it goes); seconds are medians of alternating steps in one",
-        "process, with every raw sample in",
-        f"`results.json`. {', '.join(f'{k} {v}' for k, v in env.items())}.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    for s in steps:
-        c, b, r, m = s["case"], s["bytes"], s["ratio"], s["median"]
-        kept = [f"{b[who]['kept_mib']:.0f} MiB" for who in ("reference", "slimtune")]
-        lines.append(
-            f"| {c['dtype']} | {c['method']} | {c['dropout']} | {c['masked']:.0%} | {kept[0]} | {kept[1]} "
-            f"| {r['kept']:.2f} | {r['peak']:.2f} | {m['reference']:.2f} s | {m['slimtune']:.2f} s | {r['time']:.2f} | {r['over_floor']:.2f} |"
-        )
-    lines += [
-        "",
-        "The floor is forward plus input gradients of the bare model in the same lean forms, measured in the same run.",
-        "",
-        "| mixed batch, 1 token a row | over the base, slimtune | over the base, peft | times faster | switch adapters |",
-        "|---|---|---|---|---|",
-    ]
-    for x in mixed:
-        lines.append(
-            f"| {x['rows']} rows, {x['adapters']} adapters | {x['mixed_over_base']:.2f} | {x['reference_over_base']:.1f} | {x['times_faster']:.1f} "
-            f"| {x['switch_seconds'] * 1e3:.1f} ms |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    steps = [
-        call("benchmarks.training_step", "--dtype", d, "--dropout", str(p), "--method", m, "--masked", str(k), "--repeats", "5")
-        for d, p, m, k in STEPS
-    ]
-    mixed = [call("benchmarks.mixed_batch", "--rows", str(r), "--adapters", str(a), "--theirs") for r, a in MIXED]
-    env = environment()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", choices=list(JOBS), help="measure only this part again")
+    only = parser.parse_args().only or list(JOBS)
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "results.json").write_text(json.dumps({"environment": env, "steps": steps, "mixed": mixed}, indent=1) + "\n")
-    text = table(steps, mixed, env)
-    (OUT / "README.md").write_text(text)
-    print(text)
+    file = OUT / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    results["environment"] = environment()
+    for name in only:
+        results[name] = [call(*job) for job in JOBS[name]]
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    print(page.write(results, OUT))
 
 
 if __name__ == "__main__":

@@ -16,27 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import ours, reference, same_start, smollm2
+from benchmarks.models import BASES, inputs, ours, reference, same_start
 from slimtune.testing.live_bytes import LiveBytes
 
 
-def batch(rows: int, tokens: int, vocab: int, masked: float = 0.0) -> dict[str, torch.Tensor]:
-    """Return a batch of random tokens; `masked` of them carry no label."""
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, vocab, (rows, tokens), generator=g)
-    labels = ids.clone()
-    if masked:
-        labels[:, : int(tokens * masked)] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def stepper(model: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], float]:
+def stepper(model: nn.Module, data: dict[str, torch.Tensor], lr: float = 1e-4, compiled: bool = False) -> Callable[[], float]:
     """Return a function that does one AdamW step and returns the loss."""
     params = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(params, lr=1e-4)
+    optimiser = torch.optim.AdamW(params, lr=lr)
+    run: Any = torch.compile(model) if compiled else model
 
     def step() -> float:
-        loss = model(**data, use_cache=False).loss
+        loss = run(**data).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -47,17 +38,20 @@ def stepper(model: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], flo
 
 def step_bytes(model: nn.Module, data: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return MiB alive after forward, and the most alive during forward and backward, beyond what was there before."""
-    model(**data, use_cache=False).loss.backward()  # gradients and caches exist before counting
+    model(**data).loss.backward()  # gradients and caches exist before counting
     gc.collect()
     with LiveBytes() as live:
-        loss = model(**data, use_cache=False).loss
+        loss = model(**data).loss
         kept = live.now
         loss.backward()
     return {"kept_mib": kept / 2**20, "peak_mib": live.peak / 2**20}
 
 
 def floor_step(base: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], float]:
-    """Return the frozen lower bound: forward and input gradients of the bare model, no weight gradients, the same lean forms."""
+    """Return the frozen lower bound: forward and input gradients of the bare model, no weight gradients, the same lean forms.
+
+    The input of the first block is made to ask for a gradient, so every block's input gradient is computed, as with an adapter in each.
+    """
     import copy
 
     import slimtune as st
@@ -66,12 +60,11 @@ def floor_step(base: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], f
     for p in model.parameters():
         p.requires_grad_(False)
     st.lean(model)
-    embed = model.get_input_embeddings()  # type: ignore[operator]
-    embeds = embed(data["input_ids"]).detach()
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 3)
+    blocks[0].register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(), *args[1:]))
 
     def step() -> float:
-        x = embeds.clone().requires_grad_()
-        loss = model(inputs_embeds=x, labels=data["labels"], use_cache=False).loss
+        loss = model(**data).loss
         loss.backward()
         return float(loss.detach())
 
@@ -92,20 +85,23 @@ def alternate(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     return seconds
 
 
-def run(dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int) -> dict[str, Any]:
+def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int, compile: bool) -> dict[str, Any]:
     """Return every figure of one configuration."""
-    base = smollm2(getattr(torch, dtype))
-    data = batch(rows, tokens, 40_000, masked)
+    base = BASES[model](getattr(torch, dtype))
+    data = inputs(model, base, rows, tokens, masked)
     torch.manual_seed(0)
     theirs = reference(base, dropout=dropout, method=method)
     mine = ours(base, dropout=dropout, method=method)
     same_start(mine, theirs)
-    out: dict[str, Any] = {"case": {"dtype": dtype, "dropout": dropout, "method": method, "rows": rows, "tokens": tokens, "masked": masked}}
+    case = {"model": model, "dtype": dtype, "dropout": dropout, "method": method, "rows": rows, "tokens": tokens, "masked": masked}
+    out: dict[str, Any] = {"case": {**case, "compiled": compile}}
     out["bytes"] = {"reference": step_bytes(theirs, data), "slimtune": step_bytes(mine, data)}
-    for model in (theirs, mine):
-        for p in model.parameters():
+    for each in (theirs, mine):
+        for p in each.parameters():
             p.grad = None
-    steps = {"reference": stepper(theirs, data), "slimtune": stepper(mine, data), "floor": floor_step(base, data)}
+    steps = {
+        "reference": stepper(theirs, data, compiled=compile), "slimtune": stepper(mine, data, compiled=compile), "floor": floor_step(base, data)
+    }  # fmt: skip
     seconds = alternate(steps, repeats)
     out["seconds"] = seconds
     median = {k: statistics.median(v) for k, v in seconds.items()}
@@ -123,6 +119,8 @@ def run(dtype: str, dropout: float, method: str, rows: int, tokens: int, masked:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", choices=list(BASES))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--method", default="lora", choices=["lora", "dora"])

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from slimtune.version import __version__
 
 if TYPE_CHECKING:  # what editors and type checkers see
+    from slimtune.algebra.combine import combine, reduce
+    from slimtune.algebra.convert import convert
+    from slimtune.algebra.extract import extract
     from slimtune.algebra.merge import merge, unmerge
     from slimtune.core.attach import attach, detach, disabled, keep_plan, param_groups, report, trainable, use
     from slimtune.core.errors import SlimtuneError
@@ -28,8 +31,13 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from slimtune.methods.dense import Dense
     from slimtune.methods.lora import LoRA
     from slimtune.savers import lean, unlean
+    from slimtune.savers.trunk import cache_trunk
+    from slimtune.train.vocabulary import add_tokens
 
 _HOME = {
+    "slimtune.algebra.combine": ("combine", "reduce"),
+    "slimtune.algebra.convert": ("convert",),
+    "slimtune.algebra.extract": ("extract",),
     "slimtune.algebra.merge": ("merge", "unmerge"),
     "slimtune.core.attach": ("attach", "detach", "disabled", "keep_plan", "param_groups", "report", "trainable", "use"),
     "slimtune.core.errors": ("SlimtuneError",),
@@ -37,6 +45,8 @@ _HOME = {
     "slimtune.core.spec": ("Spec",),
     "slimtune.files.adapter": ("load", "save"),
     "slimtune.savers": ("lean", "unlean"),
+    "slimtune.savers.trunk": ("cache_trunk",),
+    "slimtune.train.vocabulary": ("add_tokens",),
 }
 _WHERE = {name: home for home, names in _HOME.items() for name in names}
 
@@ -48,15 +58,21 @@ __all__ = [
     "SlimtuneError",
     "Spec",
     "__version__",
+    "add_tokens",
     "attach",
+    "cache_trunk",
+    "combine",
+    "convert",
     "detach",
     "disabled",
+    "extract",
     "keep_plan",
     "lean",
     "load",
     "merge",
     "methods",
     "param_groups",
+    "reduce",
     "register",
     "report",
     "save",

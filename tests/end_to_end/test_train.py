@@ -270,3 +270,16 @@ def test_mistakes_leave_nothing_behind(world: Path) -> None:
         with pytest.raises(SlimtuneError):
             command.run(str(recipe), [override], resume=False)
         assert not (recipe.parent / "run").exists()
+
+
+def test_the_trunk_cache_changes_nothing_but_the_work(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"epochs": 3, "layers": "last:1", "method": "lora"}
+    plain = trained(world, "uncached", **common)
+    capsys.readouterr()
+    cached = trained(world, "cached", cache_trunk=True, **common)
+    said = capsys.readouterr().err
+    assert "trunk cache: 1 blocks of model.layers" in said
+    assert ", 0 of" not in said, "nothing was looked up"
+    a, b = (safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors") for run in (plain, cached))
+    for name, t in a.items():
+        torch.testing.assert_close(b[name], t, rtol=1e-4, atol=1e-5)

@@ -83,27 +83,17 @@ def _new_head(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int, *, test: bool) -> dict[str, Any]:
-    """Train once and return the figures.
-
-    Args:
-        steps: optimiser steps.
-        test: score on the test rows (and measure files and forgetting); else on the validation rows only.
-    """
+def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """Train once for `steps` optimiser steps and return the figures: `valid` chooses the learning rate, `score` is of the test rows."""
     if who.name in ("majority", "tfidf", "probe"):
-        return baseline(job, who, test)
+        return baseline(job, who)
     setup = set_up(job, task, who, seed, steps)
     train(job, task, setup, lr, seed, steps)
     mine = replace(job, model=setup.model)
     mine._valid, mine._held_out, mine._candidates = job._valid, job._held_out, job._candidates
-    found: dict[str, Any] = {"trainable": setup.trainable}
-    if not test:
-        found["valid"] = selection(mine, task)
-    else:
-        found["score"] = score(mine, task)
-        found["bytes"] = _bytes(setup)
-        if task.plain:
-            found["forgetting"] = plain_loss(mine) - plain_loss(job)
+    found: dict[str, Any] = {"trainable": setup.trainable, "valid": selection(mine, task), "score": score(mine, task), "bytes": _bytes(setup)}
+    if task.plain:
+        found["forgetting"] = plain_loss(mine) - plain_loss(job)
     return found
 
 
@@ -174,20 +164,20 @@ def _bytes(setup: Setup) -> int:
         return folder_bytes(Path(folder) / "saved")
 
 
-def baseline(job: Job, who: Contender, test: bool) -> dict[str, Any]:
+def baseline(job: Job, who: Contender) -> dict[str, Any]:
     """Return the score of something that is not trained by gradient: on the words, or on the frozen model's features."""
     from slimtune.train.baselines import majority, tfidf
 
     raw = job.bundle.raw
-    words = {k: [(str(r["text"]), str(r["label"])) for r in raw[k]] for k in ("train", "valid", "test")}
-    rows = words["test"][: len(job.held_out())] if test else words["valid"][: len(job.valid_rows)]
+    train, test = ([(str(r["text"]), str(r["label"])) for r in raw[k]] for k in ("train", "test"))
+    test = test[: len(job.held_out())]
     if who.name == "probe":
-        value = probe(job, words["train"], rows, job.held_out() if test else job.valid_rows)
+        value = probe(job, train, test, job.held_out())
     elif who.name == "majority":
-        value = majority([y for _, y in words["train"]], [y for _, y in rows])
+        value = majority([y for _, y in train], [y for _, y in test])
     else:
-        value = tfidf(words["train"], rows)
-    return {"valid": value, "score": value, "trainable": 0, "bytes": 0}
+        value = tfidf(train, test)
+    return {"valid": 0.0, "score": value, "trainable": 0, "bytes": 0}  # nothing to choose
 
 
 def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[str, str]], test_rows: list[Any]) -> float:

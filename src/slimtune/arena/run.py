@@ -71,9 +71,9 @@ def _missing(task: Task, c: Contender, store: Store, limits: Limits) -> Iterator
         best = best_rate(task, c, store)
         if best is None:
             return
-        for seed in SEEDS[: limits.seeds if len(c.rates) > 1 else 1]:
-            if (task.name, "score", c.library, c.name, best, seed) not in store:
-                yield "score", best, seed
+        for seed in SEEDS[1 : limits.seeds] if len(c.rates) > 1 else ():  # the first seed's run is the trial itself
+            if (task.name, "seed", c.library, c.name, best, seed) not in store:
+                yield "seed", best, seed
     best = best_rate(task, c, store)
     if "costs" in limits.parts and len(c.rates) > 1 and best is not None and (task.name, "cost", c.library, c.name, best, 0) not in store:
         yield "cost", best, 0
@@ -100,7 +100,7 @@ def _cell(job: Job, task: Task, c: Contender, kind: str, lr: float, seed: int, l
             if kind == "cost":
                 found = cost(job, task, c, lr)
             else:
-                found = fit(job, task, c, lr, seed, limits.steps or task.steps, test=kind == "score")
+                found = fit(job, task, c, lr, seed, limits.steps or task.steps)
     except SlimtuneError as error:
         return {**head, "refused": f"{error.what}" + (f" ({error.where})" if error.where else "")}
     except Exception as error:
@@ -128,7 +128,7 @@ def results(task: Task, store: Store) -> list[dict[str, Any]]:
         cells = [x for k, x in store.cells.items() if k[0] == task.name and (k[2], k[3]) == (c.library, c.name)]
         refused = next((x["refused"] for x in cells if "refused" in x), None)
         best = best_rate(task, c, store)
-        scores = [x for x in cells if x["kind"] == "score" and x["lr"] == best]
+        scores = [x for x in cells if x["kind"] != "cost" and x["lr"] == best and "refused" not in x]
         if refused is None and not scores:
             continue
         row: dict[str, Any] = {"who": str(c), "name": c.name, "library": c.library, "refused": refused}

