@@ -43,6 +43,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python -m slimtune.testing.matrix --write docs/support-matrix.md
+	$(BIN)/python -m slimtune.testing.architectures --write docs/architectures.md
 
 lint: setup
 	$(BIN)/ruff check .

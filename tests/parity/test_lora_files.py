@@ -3,103 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from pairs import bert, gpt2, llama, mixtral, ours_and_back, output, shake, t5, theirs_and_back, zoo
 
 import slimtune as st
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-warnings.filterwarnings("ignore")
-
-
-class Zoo(nn.Module):
-    """One module of every kind, and names that patterns can trip over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(13, 8)
-        self.conv1 = nn.Conv1d(8, 8, 3, padding=1)
-        self.grouped = nn.Conv1d(8, 8, 3, padding=1, groups=2)
-        self.conv2 = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv3d(1, 2, 2)
-        self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8), "fc_q": nn.Linear(8, 8, bias=False)}) for _ in range(3)])
-        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.norm = nn.LayerNorm(8)
-        self.score = nn.Linear(8, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.emb(ids)  # [n, 6, 8]
-        c = h.transpose(1, 2)
-        h = h + (self.conv1(c) + self.grouped(c)).transpose(1, 2)
-        h = h + self.conv2(h[:, None]).flatten(1)[:, :8][:, None]
-        h = h + self.conv3(h.reshape(h.shape[0], 1, 6, 2, 4)).flatten(1)[:, :8][:, None]
-        for layer in self.layers:
-            h = h + layer["q"](torch.tanh(layer["fc_q"](h)))
-        h = h + self.mha(h, h, h)[0]
-        return self.score(self.norm(h))
-
-
-def zoo() -> nn.Module:
-    torch.manual_seed(0)
-    return Zoo().eval()
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=13, n_positions=16)).eval()
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_hidden_layers=3, intermediate_size=24)).eval()
-
-
-def bert() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=13, max_position_embeddings=16, num_labels=3
-    )
-    return transformers.BertForSequenceClassification(config).eval()
-
-
-def t5() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=13, decoder_start_token_id=0, pad_token_id=0)
-    return transformers.T5ForConditionalGeneration(config).eval()
-
-
-def mixtral() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(**TINY, num_hidden_layers=2, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2)
-    return transformers.MixtralForCausalLM(config).eval()
-
-
-TINY = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 13, "max_position_embeddings": 16}
-
-
-def output(model: nn.Module) -> Tensor:
-    ids = torch.arange(12).reshape(2, 6) % 13
-    with torch.no_grad():
-        kwargs = {"decoder_input_ids": ids} if _is_t5(model) else {}
-        out = model(ids, **kwargs)
-    return out if isinstance(out, Tensor) else out.logits
-
-
-def _is_t5(model: nn.Module) -> bool:
-    return any(type(m).__name__ == "T5ForConditionalGeneration" for m in model.modules())
-
-
-def shake(parameters, std: float = 0.2) -> None:
-    torch.manual_seed(7)
-    for p in parameters:
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=std)
-
 
 # Every case is a reference config; the reference's own file is loaded, compared, saved again by us, and loaded there.
 THEIRS = {
@@ -153,28 +64,7 @@ THEIRS = {
 @pytest.mark.parametrize("case", THEIRS)
 def test_theirs_here_and_back(case: str, tmp_path: Path) -> None:
     make, options = THEIRS[case]
-    live = peft.get_peft_model(make(), peft.LoraConfig(r=4, lora_alpha=6, **options))
-    shake(live.parameters())
-    want = output(live.eval())
-    live.save_pretrained(str(tmp_path / "theirs"))
-    assert (output(make()) - want).abs().max() > 1e-4
-
-    mine = make()
-    report = st.load(mine, tmp_path / "theirs")
-    assert (output(mine) - want).abs().max() < 1e-5, report
-    st.save(mine, tmp_path / "ours")
-
-    back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    assert (output(back) - want).abs().max() < 1e-5
-    again = make()
-    st.load(again, tmp_path / "ours")
-    assert (output(again) - want).abs().max() < 1e-5
-    st.save(again, tmp_path / "again")
-    assert _bytes(tmp_path / "ours") == _bytes(tmp_path / "again")
-
-
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    theirs_and_back(make, peft.LoraConfig(r=4, lora_alpha=6, **options), tmp_path)
 
 
 OURS = {
@@ -187,6 +77,7 @@ OURS = {
     "up_bias": (gpt2, st.LoRA(r=4, up_bias=True)),
     "head in full": (llama, st.LoRA(r=4, train_modules="lm_head")),
     "norms in full": (llama, st.LoRA(r=4, targets="attention", train_modules=("norm",))),
+    "no classifier": (bert, st.LoRA(r=4, targets=("q", "v"))),
     "classifier": (bert, st.LoRA(r=4, targets=("q", "v"), train_modules="classifier")),
     "LoRA on the classifier": (bert, st.LoRA(r=4, targets=("q", "classifier"))),
     "T5": (t5, st.LoRA(r=4, targets="attention")),
@@ -204,17 +95,7 @@ OURS = {
 @pytest.mark.parametrize("case", OURS)
 def test_ours_there_and_back(case: str, tmp_path: Path) -> None:
     make, spec = OURS[case]
-    live = make()
-    st.attach(live, spec, name="mine")
-    shake(live.parameters())
-    want = output(live)
-    st.save(live, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    assert (output(theirs) - want).abs().max() < 1e-5
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    mine = make()
-    st.load(mine, tmp_path / "theirs")
-    assert (output(mine) - want).abs().max() < 1e-5
+    ours_and_back(make, spec, tmp_path, "LORA")
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, zoo, mixtral])
@@ -246,9 +127,7 @@ def test_a_frozen_start_is_a_plain_lora_there_and_goes_on_here(make, tmp_path: P
 
 
 NOT_DONE = {
-    "use_dora": {"use_dora": True},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
-    "trainable_token_indices": {"trainable_token_indices": {"embed_tokens": [1]}},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "init_lora_weights": {"init_lora_weights": "corda"},
     "use_qalora": {"use_qalora": True},

@@ -5,13 +5,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import nn
 
 import slimtune as st
 from slimtune.core.errors import PlanError
 from slimtune.core.host import Hosted
+from slimtune.testing import zoo as tiny
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 

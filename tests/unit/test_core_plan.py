@@ -4,13 +4,13 @@ import asyncio
 import threading
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import nn
 
 import slimtune as st
 from slimtune.core.errors import MergeError, NoSuchAdapter, PlanError, SiteError, SpecError
 from slimtune.core.plan import Plan, parse
+from slimtune.testing import zoo as tiny
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18]])
 

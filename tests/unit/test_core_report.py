@@ -4,13 +4,13 @@ import json
 import pickle
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import nn
 
 import slimtune as st
 from slimtune.core import errors
 from slimtune.core.errors import NameInUse, SpecError, closest
+from slimtune.testing import zoo as tiny
 
 
 def test_report_counts() -> None:

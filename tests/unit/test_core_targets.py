@@ -3,13 +3,13 @@
 import re
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import nn
 
 import slimtune as st
 from slimtune.core.errors import SpecError, TargetError
 from slimtune.core.targets import candidates, find_modules, heads, kind_of, matches
+from slimtune.testing import zoo as tiny
 
 LINEAR = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 BERT = {"q": {"query"}, "k": {"key"}, "v": {"value"}, "o": {"attention.output.dense"}, "up": {"intermediate.dense"}, "down": {"output.dense"}}

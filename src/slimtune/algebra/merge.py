@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError, MergeError
-from slimtune.core.fold import Chain
+from slimtune.core.fold import Chain, members
 from slimtune.core.host import Slot
 from slimtune.core.op import affine
 from slimtune.core.placing import kind_at
@@ -95,7 +95,7 @@ def check_affine(model: nn.Module, state: State, links: list[NameLink]) -> None:
             if not affine(op):
                 raise CapabilityError(
                     f"{name!r} cannot be merged: {type(op).__name__} is no affine map of its input, so no weight equals it",
-                    where=f"{path} (method {adapter.spec.method})",
+                    where=f"{path} (method {op.method})",
                     hint="keep it unmerged; st.methods() shows which methods merge",
                 )
 
@@ -116,7 +116,7 @@ def merged_sites(model: nn.Module, links: list[NameLink]) -> list[tuple[nn.Modul
 def merged_values(module: nn.Module, param: str, chain: Chain) -> tuple[Tensor | None, Tensor | None]:
     """Return the merged (weight, bias) of one site in canonical shape, None where a value does not change."""
     slot: Slot = module._modules["slim"]  # type: ignore[assignment]
-    ops = [op for link in chain for op, _ in link]
+    ops = [member for link in chain for op, _ in link for member in members(op)]
     with torch.no_grad():
         W = slot.kind.read(module, param)
         work = W.dtype if W.dtype == torch.float64 else torch.float32

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimtune.algebra.merge import merged_sites, merged_values
 from slimtune.core.errors import MergeError
-from slimtune.core.fold import Chain
+from slimtune.core.fold import Chain, members
 from slimtune.core.host import base_class
 from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.plan import NameLink
@@ -76,6 +76,7 @@ def _sources(model: nn.Module, links: list[NameLink]) -> tuple[dict[str, tuple[t
     own = {f"{path}." if path else "": module for path, module in modules.items()}
     inside = {id(m) for module in modules.values() if id(module) in chains for m in module.modules() if m is not module}
     merged: dict[str, tuple[torch.dtype, tuple[int, ...], Source]] = {}
+    same: dict[str, object] = {}
     quantised = False
     for prefix, module in own.items():
         if id(module) in inside:
@@ -86,28 +87,42 @@ def _sources(model: nn.Module, links: list[NameLink]) -> tuple[dict[str, tuple[t
             merged |= _dense_linear(module, prefix, chains.get(id(module), []))
         elif id(module) in chains:
             merged |= _hollowed(module, prefix, chains[id(module)])
+            same |= {prefix + param: what for param, chain in chains[id(module)] if (what := _in_common(chain)) is not None}
     out: dict[str, tuple[torch.dtype, tuple[int, ...], Source]] = {}
     tied: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    broken = _ties_break(model, merged)
+    broken = _ties_break(model, merged, same)
     dropped = tuple(p for p, m in own.items() if kind_at(m).quantised)
     for name, t in model.state_dict().items():
-        if name in merged or not isinstance(t, Tensor) or (name.startswith(dropped) if dropped else False):
+        if not isinstance(t, Tensor) or (name.startswith(dropped) if dropped else False):
             continue
         key = (t.data_ptr(), t.shape, t.stride())
         if t.numel() and not broken and tied.setdefault(key, name) != name:
+            merged.pop(name, None)  # merged under its first name
+            continue
+        if name in merged:
             continue
         out[name] = (t.dtype, tuple(t.shape), lambda t=t: t)  # type: ignore[misc]
     return out | merged, quantised, broken
 
 
-def _ties_break(model: nn.Module, merged: dict[str, Any]) -> bool:
-    """Tell whether a merged weight shares its memory with another one, which stays as it is."""
+def _ties_break(model: nn.Module, merged: dict[str, Any], same: dict[str, object]) -> bool:
+    """Tell whether merging makes weights differ that share their memory: one stays as it is, or their adapters are not one and the same.
+
+    Args:
+        same: name of a merged weight -> what the ops on it have in common with those on the weights tied to it.
+    """
     at: dict[int, set[str]] = {}
     for prefix, module in base_modules(model).items():
         for name, p in module._parameters.items():
             if p is not None:
                 at.setdefault(id(p), set()).add(f"{prefix}.{name}" if prefix else name)
-    return any(len(names) > 1 and names & set(merged) for names in at.values())
+    return any(len(names) > 1 and names & set(merged) and (not names <= set(same) or len({same[n] for n in names}) > 1) for names in at.values())
+
+
+def _in_common(chain: Chain) -> object | None:
+    """Return what a chain does to a weight in a form that is equal for a tied one, or None if it knows none."""
+    ops = [[(getattr(op, "tied", None), None if w is None else float(w)) for op, w in link] for link in chain]
+    return None if any(op is None for link in ops for op, _ in link) else tuple((id(op), w) for link in ops for op, w in link)
 
 
 def _hollowed(module: nn.Module, prefix: str, chains: list[tuple[str, Chain]]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Source]]:
@@ -136,7 +151,7 @@ def _touches(module: nn.Module, param: str, chain: Chain, prefix: str) -> set[st
     """Return the names, below the module, of the parameters that a chain changes."""
     kind = kind_at(module)
     names = {id(p): n for n, p in module.named_parameters() if not n.startswith("slim.")}
-    ops: list[Any] = [op for link in chain for op, _ in link]
+    ops: list[Any] = [member for link in chain for op, _ in link for member in members(op)]
     found = set()
     if any(hasattr(op, "weight") for op in ops):
         read = kind.read(module, param)
@@ -188,7 +203,7 @@ def _dense_linear(module: nn.Module, prefix: str, chains: list[tuple[str, Chain]
     out = {f"{prefix}weight": (torch.bfloat16, kind.shape(module, "weight"), weight_now)}
     if bias is not None:
         return out | {f"{prefix}bias": (torch.bfloat16, tuple(bias.shape), bias_now)}
-    ops: list[Any] = [op for _, chain in chains for link in chain for op, _ in link]
+    ops: list[Any] = [member for _, chain in chains for link in chain for op, _ in link for member in members(op)]
     if any(op.bias(None) is not None for op in ops if hasattr(op, "bias")):
         _no_bias(module, prefix)
     return out

@@ -18,7 +18,9 @@ from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
 
 
-def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.dtype | None = None) -> Report:
+def attach(
+    model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.dtype | None = None, data: Iterable[Any] | None = None
+) -> Report:
     """Add a new adapter to a model: active and trainable, with every other parameter frozen.
 
     Args:
@@ -26,6 +28,7 @@ def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.
         spec: the recipe, such as `LoRA(r=16)`.
         name: the adapter's name on this model.
         dtype: of the adapter's parameters; default: float32 for a half-precision or quantised base, else the base's own.
+        data: a few batches as the model takes them (mappings, tuples or tensors), for a recipe that starts from data (`LoRA(init="eva")`).
 
     Returns:
         A report of what matched, what did not, and what it costs.
@@ -40,16 +43,19 @@ def attach(model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.
         32
     """
     model = unwrap(model)
-    adapter = build(model, spec, name, dtype)
+    adapter = build(model, spec, name, dtype, data=data)
     put_to_use(model, adapter)
     return make_report(model, adapter)
 
 
-def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, blank: bool = False) -> Adapter:
+def build(
+    model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, blank: bool = False, data: Iterable[Any] | None = None
+) -> Adapter:
     """Build the ops of a new adapter and put them into the model, idle and frozen; `load` fills them with a file's tensors.
 
     Args:
-        blank: the tensors will be overwritten: skip initialisers that read the base or draw random numbers.
+        blank: the tensors will be overwritten: skip initialisers that read the base or the data, or draw random numbers.
+        data: see `attach`.
     """
     model = unwrap(model)
     if not isinstance(spec, Spec):
@@ -58,7 +64,7 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
     check_free(model, name)
     placed = [(part, part.sites(model)) for part in spec.parts()]
     for part, sites in placed:
-        if not sites:
+        if not sites and not part.optional:
             where = f"targets={part.targets!r}"
             raise TargetError(f"{type(part).__name__} finds no place for itself", where=where, hint="name other modules with targets=")
         if dead := part.check_all(sites):
@@ -67,19 +73,43 @@ def build(model: nn.Module, spec: Spec, name: str, dtype: torch.dtype | None, bl
         problem = site.kind.problem(site.module)
         if problem:
             raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
-    wrong = [f"{site}: {p}" for part, sites in placed for site in sites for p in part.check(site)]
+    wrong = [(str(site), p) for part, sites in placed for site in sites for p in part.check(site)]
     if wrong:
+        first = {p: site for site, p in reversed(wrong)}  # each reason once, with the first place it holds for
+        reasons = list(dict.fromkeys(p for _, p in wrong))[:4]
         raise SpecError(
-            f"{type(spec).__name__} does not fit {len(wrong)} of {sum(len(sites) for _, sites in placed)} sites: " + "; ".join(wrong[:8]),
-            where=wrong[0].split(": ")[0],
+            f"{type(spec).__name__} does not fit {len({site for site, _ in wrong})} of {sum(len(sites) for _, sites in placed)} sites: "
+            + "; ".join(reasons),
+            where="; ".join(dict.fromkeys(first[p] for p in reasons)),
             hint="name other modules with targets=, or leave these out with exclude=",
         )
+    if not blank and placed[0][1][0].device.type != "meta":
+        _check_data(spec, data)
     made = []
     for i, (part, sites) in enumerate(placed):
         shared: dict[str, Any] = {}
         part.prepare(sites, shared)
+        if part.wants_data() and not blank and sites[0].device.type != "meta":
+            assert data is not None, "_check_data has checked it"
+            sites = part.study(model, sites, data, shared)
         made += [(site, "", part.make(site.for_build(dtype, blank, shared), i)) for site in sites]
     return install(model, name, spec, made)
+
+
+def _check_data(spec: Spec, data: Iterable[Any] | None) -> None:
+    wants = any(part.wants_data() for part in spec.parts())
+    if wants and data is None:
+        raise SpecError(
+            f"this {type(spec).__name__} starts from data, and none was given",
+            where=f"{type(spec).__name__}(...)",
+            hint="st.attach(model, spec, data=batches) with a few batches as the model takes them, such as a DataLoader of your data",
+        )
+    if data is not None and not wants:
+        raise SpecError(
+            f"this {type(spec).__name__} does not start from data, so data= would not be looked at",
+            where=f"{type(spec).__name__}(...)",
+            hint='leave data= out, or ask for an initialiser that takes it: st.LoRA(init="eva")',
+        )
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -232,8 +262,8 @@ def param_groups(
 
 
 def roles_of(op: Op) -> list[tuple[str, nn.Parameter]]:
-    """Return (role, parameter) of every parameter of an op; one without a declared role counts as "core"."""
-    by_id = {id(t): op.roles[name] for name, t in op.tensors()}
+    """Return (role, parameter) of every parameter of an op and of the ops inside it; one without a declared role counts as "core"."""
+    by_id = {id(t): part.roles[name] for part in op.modules() if isinstance(part, Op) for name, t in part.tensors()}
     return [(by_id.get(id(p), "core"), p) for p in op.parameters()]
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError
 from slimtune.core.op import Op
+from slimtune.core.tap import tapped
 
 Link: TypeAlias = list[tuple[Op, Tensor | None]]
 Chain: TypeAlias = list[Link]
 Part: TypeAlias = tuple[slice | Tensor, Chain]
+Far: TypeAlias = dict[str, Tensor | None] | None  # entrance -> its input, for ops that do not read their own module's
 
 
 def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Tensor]:
@@ -36,7 +38,7 @@ def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Te
     return seen, x
 
 
-def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Tensor:
+def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain, far: Far = None) -> Tensor:
     """Fold the links over the base's output y."""
     for i, (x, link) in enumerate(zip(seen, chain, strict=True)):
         if len(link) == 1 and link[0][1] is None:
@@ -44,18 +46,85 @@ def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain) -> Ten
             if hasattr(op, "turn"):
                 y = op.turn(x, y, host, chain[:i])  # type: ignore[operator]
             elif hasattr(op, "run"):
-                y = op.add(x, y, host, None)
+                y = op.add(_input(op, x, y, host, far), y, host, None)
         else:
             if any(hasattr(op, "turn") for op, _ in link):
                 raise no_sum(next(op for op, _ in link if hasattr(op, "turn")), host)
             # Ops that read y see it as it was before this link, so they go before those that accumulate into it.
-            readers = [w * op.run(x, y, host) for op, w in link if hasattr(op, "run") and not hasattr(op, "delta")]  # type: ignore[operator]
+            readers = []
+            for op, w in link:
+                if isinstance(op, Series):
+                    readers.append(w * op.change(x, y, host, far))
+                elif hasattr(op, "run") and not hasattr(op, "delta"):
+                    readers.append(w * op.run(_input(op, x, y, host, far), y, host))  # type: ignore[operator]
             for d in readers:
                 y = y + d.to(y.dtype)
             for op, w in link:
                 if hasattr(op, "delta"):
-                    y = op.add(x, y, host, w)
+                    y = op.add(_input(op, x, y, host, far), y, host, w)
     return y
+
+
+def _input(op: Op, x: Tensor, y: Tensor, host: nn.Module, far: Far) -> Tensor:
+    return tapped(far, op.entrance, y, host) if op.entrance else x
+
+
+class Series:
+    """The ops that one adapter has at one site, as one member of a weighted sum: its change is that of all of them in their order.
+
+    Only made where the order matters: additive ops are members themselves.
+    """
+
+    entrance = ""
+
+    def __init__(self, ops: list[Op]) -> None:
+        self.ops = ops
+        self.chain: Chain = [[(op, None)] for op in ops]
+
+    def change(self, x: Tensor, y: Tensor, host: nn.Module, far: Far) -> Tensor:
+        """Return what the ops make of y, minus y."""
+        return leaving(host, entering(host, x, self.chain)[0], y.clone(), self.chain, far) - y  # a fused op may write into what it is given
+
+    def weight(self, W: Tensor) -> Tensor:
+        for op in self.ops:
+            W = op.weight(W) if hasattr(op, "weight") else W  # type: ignore[operator]
+        return W
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all ops, one after the other."""
+        pairs = [op.rows() for op in self.ops]  # type: ignore[operator]
+        return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        for op in self.ops:
+            b = op.bias(b) if hasattr(op, "bias") else b  # type: ignore[operator]
+        return b
+
+
+class EnteringSeries(Series):
+    """A series that changes the module's input, too."""
+
+    def enter(self, x: Tensor, host: nn.Module) -> Tensor:
+        return entering(host, x, self.chain)[1]
+
+
+def members(op: Op | Series) -> list[Op]:
+    """Return the ops that one entry of a link stands for."""
+    return op.ops if isinstance(op, Series) else [op]
+
+
+def entries(ops: list[Op], w: Tensor | None) -> Link:
+    """Return the ops of one adapter as entries of a link that weighs it by w."""
+    if len(ops) > 1 and not all(hasattr(op, "delta") for op in ops) and not any(hasattr(op, "turn") for op in ops):
+        series = EnteringSeries if any(hasattr(op, "enter") for op in ops) else Series
+        return [(series(ops), w)]  # type: ignore[list-item]  # an op in all that a link asks of it
+    return [(op, w) for op in ops]
+
+
+def narrow(chain: Chain, keep: Callable[[Op], bool]) -> Chain:
+    """Return the part of a chain whose ops are to be kept."""
+    found = [[e for op, w in link if (kept := [o for o in members(op) if keep(o)]) for e in entries(kept, w)] for link in chain]
+    return [link for link in found if link]
 
 
 def no_sum(op: Op, host: nn.Module) -> CapabilityError:
@@ -66,16 +135,16 @@ def no_sum(op: Op, host: nn.Module) -> CapabilityError:
     )
 
 
-def fold(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain) -> Any:
+def fold(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain, far: Far = None) -> Any:
     """Run the whole batch through one chain."""
     seen, entered = entering(host, x, chain)
     out = base(entered)
     if isinstance(out, Tensor):
-        return leaving(host, seen, out, chain)
-    return replace_first(out, leaving(host, seen, first_tensor(out), chain))
+        return leaving(host, seen, out, chain, far)
+    return replace_first(out, leaving(host, seen, first_tensor(out), chain, far))
 
 
-def fold_rows(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, parts: list[Part], dim: int) -> Any:
+def fold_rows(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, parts: list[Part], dim: int, far: Far = None) -> Any:
     """Run each part of the rows through its own chain; the base runs once for all of them."""
     prepared = []
     changed = x
@@ -88,7 +157,8 @@ def fold_rows(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, parts: 
     out = base(changed)
     y = first_tensor(out)
     for rows, seen, chain in prepared:
-        y = put(y, rows, leaving(host, seen, take(y, rows, dim), chain), dim)
+        near = None if far is None else {path: None if t is None else take(t, rows, dim) for path, t in far.items()}
+        y = put(y, rows, leaving(host, seen, take(y, rows, dim), chain, near), dim)
     return y if isinstance(out, Tensor) else replace_first(out, y)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.fold import entries
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.plan import NameLink
 from slimtune.core.state import State
+from slimtune.core.tap import Tap
 from slimtune.kernels.dropout import forget
 
 
@@ -27,6 +29,8 @@ class Slot(nn.Module):
         super().__init__()
         self.state, self.kind, self.path = state, kind, path
         self.mixed: Any = None  # what a kind keeps for the plan it saw last
+        self.facts: Any = None  # what a kind has found out about this module
+        self.taps: dict[str, Tap] = {}  # entrance -> what brings its input here
 
     def put(self, name: str, key: str, op: Op) -> None:
         """Keep `op` for an adapter; `key` is a weight's name or a port."""
@@ -51,10 +55,26 @@ class Slot(nn.Module):
             if len(link) == 1 and link[0][1] is None:
                 chain += [[(op, None)] for op in self.ops(link[0][0]) if param is None or op.param == param]
             else:
-                found = [(op, w) for name, w in link for op in self.ops(name) if param is None or op.param == param]
+                found = [e for name, w in link for e in entries([op for op in self.ops(name) if param is None or op.param == param], w)]
                 if found:
                     chain.append(found)
         return chain
+
+    def tap(self, model: nn.Module, path: str) -> None:
+        """Have the input of another module brought here."""
+        if path not in self.taps:
+            self.taps[path] = Tap(self, path)
+            self.taps[path].fit(model.get_submodule(path))
+
+    def untap(self, model: nn.Module) -> None:
+        """Take off the hooks that no op here needs any more."""
+        needed = {op.entrance for name in self._modules for op in self.ops(name)}
+        for path in [p for p in self.taps if p not in needed]:
+            self.taps.pop(path).remove(model)
+
+    def far(self) -> dict[str, Tensor | None] | None:
+        """Return the inputs of the entrances that ops here read, taken from this forward."""
+        return {path: tap.take() for path, tap in self.taps.items()} if self.taps else None
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return nothing: adapters are saved by `st.save`, the base stays clean."""
@@ -95,12 +115,43 @@ class Rooted:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the plan's rows repeated for beams and returned sequences."""
         plan = self.slim_state.current()
-        leave = self.slim_state.enter(plan.expanded()) if plan.size is not None else None
+        leave = self.slim_state.enter(plan.expanded()) if plan.names else None
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             if leave is not None:
                 leave()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int, **kwargs: Any
+    ) -> Any:
+        """Make room for virtual tokens."""
+        from slimtune.ports.generating import cached_tokens, check_generation, prompting
+
+        plan = self.slim_state.current()
+        tokens = cached_tokens(self, plan) if prompting(self.slim_state, plan) else 0  # type: ignore[arg-type]
+        if tokens:
+            given = model_kwargs.get("past_key_values")
+            check_generation(self, tokens, generation_mode, given, max_cache_length + tokens)  # type: ignore[arg-type]
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + tokens, **kwargs
+        )
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Leave the 2-D mask to the body where virtual tokens are put in front of it."""
+        from slimtune.ports.generating import cached_tokens, prompting
+
+        plan, flat = self.slim_state.current(), kwargs.get("attention_mask")
+        own = super().create_masks_for_generate(**kwargs) if hasattr(super(), "create_masks_for_generate") else None  # type: ignore[misc]
+        if prompting(self.slim_state, plan):
+            # A class with a function of its own may want the mask as long as its cache (BLOOM); the virtual tokens in there are added later.
+            whole = isinstance(own, Tensor) and own.dim() == 2
+            return own[:, : own.shape[1] - cached_tokens(self, plan)] if whole else flat  # type: ignore[index, union-attr, arg-type]
+        if own is not None or hasattr(super(), "create_masks_for_generate"):
+            return own
+        from transformers.masking_utils import create_masks_for_generate
+
+        return create_masks_for_generate(**kwargs)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
@@ -234,7 +285,9 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
 def host(module: nn.Module, state: State, kind: Kind, path: str) -> Slot:
     """Make a module a host and return its slot."""
     if "slim" not in module._modules:
-        module.add_module("slim", Slot(state, kind, path))
+        slot = Slot(state, kind, path)
+        slot.facts = kind.study(module)
+        module.add_module("slim", slot)
         module.register_load_state_dict_post_hook(_forgive)
         specialise(module, Hosted)
     return module._modules["slim"]  # type: ignore[return-value]

@@ -37,8 +37,12 @@ class Kind:
     takes_bias: ClassVar[bool] = False
     channels_last: ClassVar[bool] = True
     out_axis: ClassVar[int] = 0  # axis of the canonical weight that counts outputs
+    rank_axis: ClassVar[int] = 0  # axis of A that counts the rank; the next one counts inputs
     drops: ClassVar[bool] = True
     quantised: ClassVar[bool] = False
+
+    def connect(self, model: nn.Module, module: nn.Module, path: str) -> None:
+        """Prepare the model for an op that has just been put onto `module`, where hosting it is not enough."""
 
     # ---- what the module is -------------------------------------------------------------------------------------
     def fits(self, module: nn.Module) -> bool:
@@ -47,6 +51,10 @@ class Kind:
     def problem(self, module: nn.Module) -> str:
         """Return why this very module cannot be adapted, or an empty string."""
         return ""
+
+    def study(self, module: nn.Module) -> Any:
+        """Return what `forward` needs to know of its module, worked out once: it finds it as `host.slim.facts`."""
+        return None
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         """Return the names of the adaptable weights that `module` really has."""
@@ -83,12 +91,31 @@ class Kind:
         """Apply the delta of an `Additive` op to `x`; kinds with many weights in one ask the op for them one at a time."""
         return self.apply(x, op.delta(), host)
 
+    def add_rows(self, x: Tensor, y: Tensor, ids: Tensor, rows: Tensor, host: nn.Module) -> Tensor:
+        """Return y plus what a delta of the canonical weight that is zero but for the rows `ids` adds to it, without forming it.
+
+        Args:
+            x: the module's input.
+            y: its output.
+            ids: [k], ascending.
+            rows: [k, d], in the type of y.
+        """
+        raise NotImplementedError
+
     def over_outputs(self, v: Tensor, weight: Tensor) -> Tensor:
         """Return a vector [b] shaped so that it broadcasts over a canonical weight."""
         return v.view([-1 if d == self.out_axis else 1 for d in range(weight.dim())])
 
     def along_output(self, v: Tensor, y: Tensor) -> Tensor:
         """Return a vector [b] shaped so that it broadcasts over the module's output y."""
+        return v
+
+    def over_inputs(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Return a vector [a] shaped so that it broadcasts over a canonical weight."""
+        return v
+
+    def along_input(self, v: Tensor, x: Tensor) -> Tensor:
+        """Return a vector [a] shaped so that it broadcasts over the module's input x."""
         return v
 
     # ---- low rank -----------------------------------------------------------------------------------------------
@@ -166,11 +193,12 @@ class Kind:
     ) -> Any:
         """Run `base` and fold the plan's ops over it; the default serves every one-tensor-in, one-tensor-out module."""
         x, rest, kw = split_input(args, kwargs)
+        far = host.slim.far()
         uniform = plan.uniform(host.slim)
         if uniform is not None:
-            return fold(host, lambda v: join(base, v, rest, kw), x, uniform)
+            return fold(host, lambda v: join(base, v, rest, kw), x, uniform, far)
         parts = plan.split(host.slim, x.shape[self.row_dim(host)], x.device, host)
-        return fold_rows(host, lambda v: join(base, v, rest, kw), x, parts, self.row_dim(host))
+        return fold_rows(host, lambda v: join(base, v, rest, kw), x, parts, self.row_dim(host), far)
 
 
 def split_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,8 @@
     weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
     bias(b | None) -> b'       exact form on the bias
     hold()                     context in which what the method treats as a constant for gradients is one (its stated stop-gradient)
-    rows(...)                  virtual tokens or keys/values to prepend (stream and attention ports)
+    rows(x, tasks) -> [p, d]   stream port: p virtual tokens in front of the body's input; `tokens` says p, `shift` how many positions to
+                               leave free before them (see `ports.stream.StreamOp`)
 
 Tensors of an op are either trained (nn.Parameter) or carried (buffers); `roles` says what each trained one is, so that optimisers,
 files and other libraries' names are derived from it and never from a substring of a parameter's name.
@@ -33,15 +34,22 @@ class Op(nn.Module):
         kind, param, shape: of the site: its module kind, the weight's name and canonical shape.
         method, part: registered name of the spec that built it, and that spec's index in the adapter's `Spec.parts` (None: it is
             in none of them, as the biases in a file of the reference library).
+        entrance: path of the module whose input the op is given as x, "" for that of its own module.
         roles: trained tensor name -> "down" | "up" | "gain" | "bias" | "core" | "dense".
+        linear_in: for ops whose W' - W and b' - b are linear in all their trained tensors together: name -> the value they count from
+            (0, or 1 for a factor). Such ops are added, scaled and pruned within their own method.
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    linear_in: ClassVar[dict[str, float]] = {}
     method: str = ""
     part: int | None = None
+    entrance: str = ""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        if site.entrance is not None:
+            self.entrance = site.entrance.path
         self.kind, self.port, self.param, self.shape = site.kind, site.port, site.param, site.shape
 
     def add(self, x: Tensor, y: Tensor, host: nn.Module, w: Tensor | None) -> Tensor:
@@ -100,6 +108,11 @@ class Additive(Op):
     def delta(self) -> Tensor:
         """Return the dense delta in canonical shape."""
         raise NotImplementedError
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return factors (A, B) whose composition is the delta, its scale included, or None where it has none."""
+        found = self.low_rank() if hasattr(self, "low_rank") else None
+        return None if found is None else (found[0], found[2] * found[1])
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.delta().to(device=W.device, dtype=W.dtype)

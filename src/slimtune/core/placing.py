@@ -19,6 +19,7 @@ from slimtune.core.plan import Plan
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State
+from slimtune.core.stepping import arm, unwatch, watch
 from slimtune.core.targets import kind_of
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
@@ -98,15 +99,21 @@ def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str,
             while (site.path, key) in adapter.ops:
                 key += "+"
             op.train(site.module.training)
-            host(site.module, state, site.kind, site.path).put(name, key, op)
+            slot = host(site.module, state, site.kind, site.path)
+            slot.put(name, key, op)
+            if op.entrance:
+                slot.tap(model, op.entrance)
+            site.kind.connect(model, site.module, site.path)
             adapter.ops[(site.path, key)] = op
     except BaseException:
-        _remove(name, (site.module for site, _, _ in made))
+        _remove(model, name, (site.module for site, _, _ in made))
         if first:
             _unroot(model)
         raise
     if first or any(isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) for m in base_modules(model).values()):
         _switch_fast_paths(model, state)
+    watch(adapter)
+    arm(adapter)
     adapter.set_live(False)
     state.adapters[name] = adapter
     return adapter
@@ -114,7 +121,8 @@ def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str,
 
 def uninstall(model: nn.Module, state: State, adapter: Adapter) -> None:
     """Take an adapter out; with the last one gone the model has its very first classes again."""
-    _remove(adapter.name, [model.get_submodule(path) for path in dict.fromkeys(path for path, _ in adapter.ops)])
+    unwatch(adapter)
+    _remove(model, adapter.name, [model.get_submodule(path) for path in dict.fromkeys(path for path, _ in adapter.ops)])
     _switch_fast_paths(model, state)
     del state.adapters[adapter.name]
     if adapter.name in state.default.names:
@@ -159,11 +167,12 @@ def _unroot(model: nn.Module) -> None:
             module.__dict__["_gradient_checkpointing_func"] = func.func
 
 
-def _remove(name: str, modules: Iterable[nn.Module]) -> None:
+def _remove(model: nn.Module, name: str, modules: Iterable[nn.Module]) -> None:
     for module in modules:
         slot = module._modules.get("slim")
         if isinstance(slot, Slot):
             slot.drop(name)
+            slot.untap(model)
             unhost(module)
 
 

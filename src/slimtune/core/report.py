@@ -91,7 +91,7 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
     own: dict[int, Tensor] = {}
     for (path, _), op in adapter.ops.items():
         covered.add(path)
-        params = list(op.parameters())
+        params = [p for p in op.parameters() if id(p) not in own]  # what several ops share is counted where it is first
         live = sum(p.numel() for p in params if p.requires_grad)
         rows.append(Row(path, base_name(model.get_submodule(path)), op.port, op.param, op.shape, live, sum(p.numel() for p in params)))
         own.update({id(t): t for t in (*params, *op.buffers())})
@@ -106,7 +106,8 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
         key = f"{base_name(module)} {'x'.join(map(str, kind.shape(module, kind.names(module)[0])))}"
         left[key] = left.get(key, 0) + 1
     base = {id(p): p for module in modules.values() for p in module._parameters.values() if p is not None}
-    advice = ['3-D expert weights are not adapted: add "experts" to targets'] if experts else []
+    weights = any(op.port == "weight" for op in adapter.ops.values())
+    advice = ['3-D expert weights are not adapted: add "experts" to targets'] if experts and weights else []
     return Report(
         name=adapter.name,
         method=adapter.spec.method,

@@ -25,6 +25,7 @@ class Site:
         dtype: of the op's parameters.
         blank: a file's tensors will overwrite the op: initialisers may be skipped.
         shared: tensors that all ops of one adapter share, by name, filled by the first op that needs them.
+        entrance: where the op takes its input x, if not at this module: see `at_entrance`.
     """
 
     path: str
@@ -36,10 +37,13 @@ class Site:
     dtype: torch.dtype = torch.float32
     blank: bool = False
     shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    entrance: Site | None = field(default=None, repr=False, compare=False)
 
     @property
     def a(self) -> int:
-        """Inputs of the map."""
+        """Inputs of the map, or of the entrance."""
+        if self.entrance is not None:
+            return self.entrance.a
         return self.kind.widths(self.module, self.param)[0]
 
     @property
@@ -51,6 +55,11 @@ class Site:
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.module.parameters(recurse=True)), torch.device("cpu"))
+
+    def at_entrance(self, path: str, module: nn.Module, kind: Kind) -> Site:
+        """Return this site with x taken from the input of another module, which runs before this one in the same forward."""
+        param = next(iter(kind.names(module)), "weight")
+        return replace(self, entrance=Site(path=path, port="input", kind=kind, module=module, param=param))
 
     def for_build(self, dtype: torch.dtype | None, blank: bool, shared: dict[str, Any]) -> Site:
         """Return this site with what an op needs to know while it is built.

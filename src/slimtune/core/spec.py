@@ -7,6 +7,7 @@ problems at once. `to_dict` and `Spec.from_dict` are a JSON round trip.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ class Spec:
 
     method: ClassVar[str] = ""
     port: ClassVar[str] = "weight"
+    optional: ClassVar[bool] = False  # as a part of another recipe: whether it may find no place for itself
 
     targets: str | tuple[str, ...] = "all-linear"
     layers: str | None = None
@@ -73,6 +75,28 @@ class Spec:
 
     def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
         """Note in `shared` what ops need to know of all sites together, before the first is built."""
+
+    def wants_data(self) -> bool:
+        """Tell whether this recipe starts from batches of the user's data: `st.attach(model, spec, data=batches)`."""
+        return False
+
+    def study(self, model: nn.Module, sites: list[Site], data: Iterable[Any], shared: dict[str, Any]) -> list[Site]:
+        """Look at the data, note in `shared` what `build` needs of it, and return the sites to build.
+
+        Args:
+            data: batches as the model takes them.
+        """
+        return sites
+
+    def before_load(self, model: nn.Module, settings: dict[str, dict[str, Any]]) -> None:
+        """Raise, with what to do, if this base is not ready for the ops of a file.
+
+        Args:
+            settings: module path -> `Op.settings` of the op there.
+
+        Raises:
+            MismatchError: it is not.
+        """
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites this spec takes in a model (default: its targets, at its port)."""
@@ -152,6 +176,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_MEMBERS: dict[str, type] = {"tuple[str,...]": str, "tuple[Spec,...]": Spec}
+
+
 def type_problem(name: str, value: Any, annotation: str) -> str:
     """Return what is wrong with a value's type by its field's annotation (unions of plain types), or ""."""
     depth, parts, word = 0, [], ""
@@ -168,7 +195,7 @@ def type_problem(name: str, value: Any, annotation: str) -> str:
             return ""
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind in {"int", "float"}):
             continue
-        if part == "tuple[str,...]" and isinstance(value, tuple) and not all(isinstance(v, str) for v in value):
+        if part in _MEMBERS and isinstance(value, tuple) and not all(isinstance(v, _MEMBERS[part]) for v in value):
             continue
         return ""
     return f"{name} must be {annotation}, not {value!r}"

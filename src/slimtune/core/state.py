@@ -14,11 +14,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.core.errors import NoSuchAdapter, PlanError, SiteError, closest
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan
+from slimtune.core.stepping import watch
 
 if TYPE_CHECKING:
     from slimtune.core.spec import Spec
@@ -36,6 +37,8 @@ class Adapter:
         ops: (module path, key in the slot) -> op.
         trainable: whether `use` may switch its gradients on.
         meta: facts from the file it was loaded from.
+        steps: optimiser steps that a method which acts at them has seen; stays 0 for others.
+        total_steps: how many there will be, once such a method has learnt it.
     """
 
     def __init__(self, name: str, spec: Spec, trainable: bool) -> None:
@@ -43,6 +46,12 @@ class Adapter:
         self.ops: dict[tuple[str, str], Op] = {}
         self.meta: dict[str, Any] = {}
         self.live = True  # whether its parameters require gradients now
+        self.steps = 0
+        self.total_steps: int | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        watch(self)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for op in self.ops.values():
@@ -65,6 +74,8 @@ class State:
         self.merged_plan: Plan | None = None
         self.latest = BARE  # what compiled code reads
         self.scoped_grad = False  # a `with` block has run a forward that records gradients
+        self.tasks: Tensor | None = None  # task of each row, said outside of any block (see `core.tasks`)
+        self.block_tasks: Tensor | None = None  # the same, of the block entered last: what compiled code reads
         self._defaults: list[tuple[Plan, Any]] = [(BARE, None)]
         self._entered: list[Plan] = []
         self._init_runtime()
@@ -75,7 +86,7 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
         state["_defaults"], state["_entered"] = [(self.default, None)], []
-        state["latest"] = self.default
+        state["latest"], state["block_tasks"] = self.default, None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

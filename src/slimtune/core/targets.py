@@ -21,23 +21,33 @@ from slimtune.core.site import Site
 if TYPE_CHECKING:
     from slimtune.core.spec import Spec
 
-# Last names of modules by what they do in a transformer block. A pattern with a dot is a path suffix.
+# Last names of modules by what they do in a transformer block. A pattern with a dot is a path suffix; "*" stands for a block's number.
 ROLES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "q_lin", "q", "query_proj", "to_q", "wq"),
-    "k": ("k_proj", "key", "k_lin", "k", "key_proj", "to_k", "wk"),
-    "v": ("v_proj", "value", "v_lin", "v", "value_proj", "to_v", "wv"),
+    "q": ("q_proj", "query", "q_lin", "q", "query_proj", "to_q", "wq", "add_q_proj"),
+    "k": ("k_proj", "key", "k_lin", "k", "key_proj", "to_k", "wk", "add_k_proj"),
+    "v": ("v_proj", "value", "v_lin", "v", "value_proj", "to_v", "wv", "add_v_proj"),
     "qkv": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"),
     "o": ("o_proj", "out_proj", "out_lin", "o", "attention.output.dense", "attn.c_proj", "self_attention.dense", "attn.Wo",
-          "attention.dense", "self_attn.dense", "to_out.0", "wo_attn"),
+          "attention.dense", "self_attn.dense", "to_out.0", "to_add_out", "wo_attn"),
     "gate": ("gate_proj", "wi_0", "w1"),
     "up": ("up_proj", "gate_up_proj", "fc1", "c_fc", "intermediate.dense", "lin1", "wi", "wi_1", "w3", "dense_h_to_4h", "mlp.Wi",
-           "intermediate_dense", "weights_in", "linear1"),
+           "intermediate_dense", "weights_in", "linear1", "ff.net.0.proj", "ff_context.net.0.proj", "single_transformer_blocks.*.proj_mlp"),
     "down": ("down_proj", "fc2", "mlp.c_proj", "output.dense", "lin2", "DenseReluDense.wo", "w2", "dense_4h_to_h", "mlp.Wo",
-             "output_dense", "weights_out", "linear2"),
+             "output_dense", "weights_out", "linear2", "ff.net.2", "ff_context.net.2", "single_transformer_blocks.*.proj_out"),
 }
 GROUPS: dict[str, tuple[str, ...]] = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("gate", "up", "down")}
 KINDS: dict[str, tuple[str, ...]] = {"all-linear": ("linear", "attention"), "experts": ("experts",), "embedding": ("embedding",),
-                                     "conv": ("conv",), "norm": ("norm",)}
+                                     "conv": ("conv",), "norm": ("norm",),
+                                     "attention-layers": ("attention layer", "attention")}
+# Output heads of models that do not tell (diffusers, plain PyTorch), by their whole path.
+HEADS = ("lm_head", "classifier", "head", "heads", "score", "proj_out", "proj_out_2", "conv_out", "decoder.conv_out")
+MEANING = {
+    "q": "query projection", "k": "key projection", "v": "value projection", "qkv": "fused query-key-value projection",
+    "o": "output projection of an attention", "gate": "gate of a feed-forward", "up": "first layer of a feed-forward",
+    "down": "last layer of a feed-forward", "attention": "attention projection", "mlp": "feed-forward", "head": "output head",
+    "all-linear": "linear layer below its head", "experts": "experts", "embedding": "table of embeddings", "conv": "convolution",
+    "norm": "norm", "attention-layers": "attention layer that asks transformers' registry for its function",
+}  # fmt: skip
 _REGEX = re.compile(r"^\.\*|[\\^$()|+\[\]{}]")  # "layers.0.*" is a glob, ".*q_proj" a regex
 
 
@@ -58,7 +68,7 @@ def heads(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         if (out is not None and module is out) or (body is not None and path and path.split(".")[0] != prefix):
             found.add(path)
-    return found
+    return found or {path for path, _ in model.named_modules() if any(path == h or path.startswith(f"{h}.") for h in HEADS)}
 
 
 def candidates(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, nn.Module]:
@@ -79,8 +89,12 @@ def candidates(model: nn.Module, modules: dict[str, nn.Module] | None = None) ->
 def role_of(path: str) -> str:
     """Return what a linear layer does in its block, by the longest known name its path ends with, or ""."""
     dotted = f".{path}"
-    found = [(len(name), role) for role, names in ROLES.items() for name in names if dotted.endswith(f".{name}")]
+    found = [(len(name), role) for role, names in ROLES.items() for name in names if _ends(dotted, name)]
     return max(found)[1] if found else ""
+
+
+def _ends(dotted: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(dotted, f"*.{name}") if "*" in name else dotted.endswith(f".{name}")
 
 
 def matches(pattern: str, path: str, module: nn.Module, head_paths: set[str]) -> bool:
@@ -204,16 +218,26 @@ def _compiles(pattern: str) -> None:
 
 def dead(pattern: str, found: dict[str, nn.Module], named: dict[str, nn.Module], ok: object, role: str = "target") -> TargetError:
     """Return the error for a pattern that matches nothing usable."""
+    model = f"this {type(found['']).__name__}"
     if named:
         path, module = next(iter(named.items()))
         return TargetError(
-            f"{role} {pattern!r} names only modules that cannot carry this op",
+            f"{role} {pattern!r} names only modules that cannot carry this op: {_why_not(module)}",
             where=f"{path or '(the model)'} ({type(module).__name__})",
             hint="name the linear layers inside it" + _usable_names(found, ok),
         )
     names = sorted({".".join([q for q in p.split(".") if not q.isdigit()][-1:]) for p in found if p})
     words = [*names, *ROLES, *GROUPS, *KINDS]
-    return TargetError(f"{role} {pattern!r} matches no module", hint=f"closest: {closest(pattern, words)}" + _usable_names(found, ok))
+    reason = f": {model} has no {MEANING[pattern]} that is known by its name" if pattern in MEANING else ""
+    return TargetError(f"{role} {pattern!r} matches no module{reason}", hint=f"closest: {closest(pattern, words)}" + _usable_names(found, ok))
+
+
+def _why_not(module: nn.Module) -> str:
+    kind = kind_of(module)
+    assert kind is not None, "BlockKind fits every module"
+    if kind.params and not kind.names(module):
+        return f"a {type(module).__name__} without a weight of its own"
+    return f"a {kind.name} takes {' and '.join(kind.ports)} ops only"
 
 
 def _usable_names(found: dict[str, nn.Module], ok: object) -> str:
@@ -230,10 +254,13 @@ def find_sites(model: nn.Module, spec: Spec, port: str) -> list[Site]:
 
     def usable(module: nn.Module) -> bool:
         kind = kind_of(module)
-        return kind is not None and port in kind.ports
+        return kind is not None and port in kind.ports and (port != "weight" or bool(kind.names(module)))
 
+    written = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    if port == "attention":  # there the role means the layer itself, not the projections inside it
+        written = tuple("attention-layers" if t == "attention" else t for t in written)
     sites = []
-    for path, module in find_modules(model, spec.targets, spec.layers, spec.exclude, usable).items():
+    for path, module in find_modules(model, written, spec.layers, spec.exclude, usable).items():
         kind = kind_of(module)
         assert kind is not None
         for param in kind.names(module) if port == "weight" else kind.names(module)[:1] or ("weight",):

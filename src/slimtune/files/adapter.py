@@ -36,7 +36,7 @@ from slimtune.files.fingerprint import Fingerprint, fingerprint
 from slimtune.files.layouts.base import PREFIX, Layout, Place, Taker
 from slimtune.files.layouts.generic import Generic
 from slimtune.files.layouts.registry import layout_for, layout_of
-from slimtune.files.place import make_ops, not_finite, one_error
+from slimtune.files.place import make_ops, not_finite, one_error, ready
 from slimtune.files.publish import publish
 from slimtune.version import __version__
 
@@ -103,7 +103,7 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
     """Return config, tensors and metadata of an adapter's files."""
     layout = layout_for(adapter, model)
     places = [
-        Place(path, key, op.port, op.param, op.method, op.settings(), op.part) for (path, key), op in adapter.ops.items()
+        Place(path, key, op.port, op.param, op.method, op.settings(), op.part, op.entrance) for (path, key), op in adapter.ops.items()
     ]
     layout.prepare(places, model)
     tensors: dict[str, Tensor] = {}
@@ -113,13 +113,13 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
         module = model.get_submodule(place.path)
         op = adapter.ops[(place.path, place.key)]
         for short, t in layout.codec(place.method).put(place, op, module, kind_at(module)).items():
-            key = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (PREFIX + short,)
-            if isinstance(layout, Generic) and first.setdefault(key, PREFIX + short) != PREFIX + short:
-                same[PREFIX + short] = first[key]  # several ops share one tensor: it is written once
+            key, name = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (layout.stored(short),), layout.stored(short)
+            if isinstance(layout, Generic) and first.setdefault(key, name) != name:
+                same[name] = first[key]  # several ops share one tensor: it is written once
                 continue
-            if PREFIX + short in tensors:
+            if name in tensors and (tensors[name].data_ptr(), tensors[name].shape) != (t.data_ptr(), t.shape):
                 raise FileError(f"two tensors of the adapter would be called {short!r} in the file", hint="tell us: this is a bug of slimtune")
-            tensors[PREFIX + short] = t
+            tensors[name] = t
     config = layout.config(adapter, model)
     about = {
         "slimtune_format": FORMAT,
@@ -136,8 +136,8 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
 
 
 def _full(places: Iterable[Place]) -> list[str]:
-    """Return the modules whose base values do not matter, since the file holds them in full."""
-    return sorted({p.path for p in places if p.method == "dense"})
+    """Return the modules whose base values do not matter, since the file holds them in full, or those of them that may be new."""
+    return sorted({p.path for p in places if p.method in {"dense", "trainable_tokens"}})
 
 
 def config_digest(config: dict[str, Any]) -> str:
@@ -185,11 +185,13 @@ def load(
     with one_error(str(folder)):
         if about is not None:
             spec, places, taker, layout = _own(file, about)
+            ready(model, spec, places)
             notes += _same_base(model, about, places, folder, allowed)
         else:
             assert config is not None
             layout = layout_of(str(config.get("peft_type")), folder)
             spec, places, taker = layout.discover(config, file, model, allowed)
+            ready(model, spec, places)
     if name is None:
         name = str(about["name"]) if about is not None else "default"
         check_free(model, name)
@@ -307,7 +309,7 @@ def _own(file: TensorFile, about: dict[str, Any]) -> tuple[Spec, list[Place], Ta
         ) from None
     places = [Place(**p) for p in about["places"]]
     for p in places:
-        if not all(isinstance(v, str) for v in (p.path, p.key, p.port, p.param, p.method)) or not isinstance(p.settings, dict):
+        if not all(isinstance(v, str) for v in (p.path, p.key, p.port, p.param, p.method, p.entrance)) or not isinstance(p.settings, dict):
             raise FormatError("the list of ops is malformed", where=str(file.path))
     if len({(p.path, p.key) for p in places}) != len(places) or any(p.key.startswith("slim") or not p.key for p in places):
         raise FormatError("the list of ops is malformed", where=str(file.path))

@@ -40,6 +40,16 @@ def owner(place: Place, spec: Spec) -> Spec:
     return found
 
 
+def ready(model: nn.Module, spec: Spec, places: list[Place]) -> None:
+    """Ask every recipe of an adapter whether this base is ready for the ops of a file.
+
+    Raises:
+        MismatchError: one is not, with what to do.
+    """
+    for i, part in enumerate(spec.parts()):
+        part.before_load(model, {p.path: p.settings for p in places if p.method == part.method and p.part in {None, i}})
+
+
 def module_at(model: nn.Module, path: str, where: str) -> nn.Module:
     """Return a module of the base.
 
@@ -78,7 +88,7 @@ def make_ops(
         kind = kind_at(module)
         if place.port not in kind.ports:
             raise MismatchError(f"a {kind.name} has no place for an op at its {place.port}", where=f"{place.path} ({type(module).__name__})")
-        if place.param not in kind.names(module) and (place.port, place.param) not in {("input", "weight"), ("output", "weight")}:
+        if place.param not in kind.names(module) and (place.port == "weight" or place.param != "weight"):
             raise MismatchError(f"{place.path} ({type(module).__name__}) has no weight {place.param!r}", where=where)
         if problem := kind.problem(module):
             raise SiteError(problem, where=place.path)
@@ -86,10 +96,14 @@ def make_ops(
         site = Site(path=place.path, port=place.port, kind=kind, module=module, param=place.param, shape=shape)
         if site.device.type == "meta":
             raise MismatchError("the base has no weights yet (its device is meta)", where=place.path, hint="load the base's weights first")
+        if place.entrance:
+            entrance = module_at(model, place.entrance, where)
+            site = site.at_entrance(place.entrance, entrance, kind_at(entrance))
         maker = owner(place, spec)
         if problems := maker.check(site):
             raise MismatchError(f"{site}: {problems[0]}", where=where)
-        op = maker.make(site.for_build(dtype, True, shared.setdefault(place.part, {})), place.part)
+        site = site.for_build(dtype, True, shared.setdefault(place.part, {}))
+        op = maker.make(site, place.part)
         op.resume(place.settings, site)
         tensors = layout.codec(place.method).take(place, op, module, kind, taker)
         wants = op.expects(module)

@@ -54,8 +54,8 @@ def initialise(name: str, op: LoRAOp, site: Site, spec: Any) -> None:
 
 @initialiser("kaiming")
 def kaiming(op: LoRAOp, site: Site, spec: Any) -> None:
-    """A uniform by Kaiming with a = sqrt(5), B zero; on embeddings A zero and B normal (as the reference library)."""
-    if site.kind.name == "embedding":
+    """A uniform by Kaiming with a = sqrt(5), B zero; on embeddings A zero and B normal (as the reference library), unless A is frozen."""
+    if site.kind.name == "embedding" and "A" in op._parameters:
         nn.init.zeros_(op.A)
         nn.init.normal_(op.B)
         return

@@ -1,7 +1,8 @@
 """The additive low-rank product as one autograd function each: alone (y += s x A^T B^T), and fused with its frozen linear map.
 
-Kept for backward: x (or what x is made of, see `recipe`), h = x A^T [n, r], and references to the weights. The float32 masters A and B are
-cast down to the data's type; activations are never cast up. Dropout is made again from its seed. Both functions refuse a second derivative.
+Kept for backward: h = x A^T [n, r], references to the weights and, only if A trains, x (or what x is made of, see `recipe`): with A frozen
+(LoRA-FA, arXiv 2308.03303) nothing of width a is kept. The float32 masters A and B are cast down to the data's type; activations are never
+cast up. Dropout is made again from its seed. Both functions refuse a second derivative.
 
 FLOPs forward 2 n r (a + b) beside 2 n a b; backward (x and factors) 4 n r (a + b) beside 2 n a b.
 """
@@ -37,8 +38,9 @@ class _LowRank(torch.autograd.Function):
         xd = xc if p == 0 else drop(xc, p, seed)
         h = F.linear(xd, a)  # [n, a] @ [a, r] -> [n, r]
         _accumulate(y, h, b.t(), scale)  # y += s h B^T
-        ctx.save_for_backward(h, A, B, weight, *made_of)
+        ctx.save_for_backward(h, A, B, weight, *(made_of if ctx.needs_input_grad[4] else ()))
         ctx.scale, ctx.p, ctx.seed, ctx.make, ctx.shape, ctx.x_dtype = scale, p, seed, make, x.shape, x.dtype
+        ctx.inputs = len(made_of)
         return y
 
     @staticmethod
@@ -68,7 +70,7 @@ class _LowRank(torch.autograd.Function):
                 if weight is not None:
                     dx.addmm_(flat, weight)
             dx = dx.view(ctx.shape).to(ctx.x_dtype)
-        return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None for _ in made_of])
+        return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None] * ctx.inputs)
 
 
 def _accumulate(y: Tensor, h: Tensor, bt: Tensor, scale: float) -> None:

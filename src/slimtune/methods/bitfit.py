@@ -21,6 +21,7 @@ class BitFitOp(Op):
     """d [b]."""
 
     roles = {"d": "bias"}
+    linear_in = {"d": 0.0}
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

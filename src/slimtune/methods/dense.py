@@ -21,6 +21,7 @@ class DenseOp(Additive):
     """D in the weight's canonical shape, d [b] where the module has a bias."""
 
     roles = {"D": "dense", "d": "bias"}
+    linear_in = {"D": 0.0, "d": 0.0}
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -56,9 +57,9 @@ class DenseOp(Additive):
         base, b = self._base(module)
         with torch.no_grad():
             full = self._native(module, tensors[self._name(module, base, self.param)])  # a transposition is its own inverse
-            self.D.copy_(_minus(full.to(self.D.device), base, self.D.dtype))
+            self.D.copy_(minus(full.to(self.D.device), base, self.D.dtype))
             if b is not None and self.d is not None:
-                self.d.copy_(_minus(tensors[self._name(module, b, f"{self.param}_bias")].to(self.d.device), b, self.d.dtype))
+                self.d.copy_(minus(tensors[self._name(module, b, f"{self.param}_bias")].to(self.d.device), b, self.d.dtype))
 
     def _base(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return self.kind.read(module, self.param).detach(), self.kind.bias(module, self.param)
@@ -76,7 +77,7 @@ class DenseOp(Additive):
         return weight.transpose(-1, -2)
 
 
-def _minus(full: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+def minus(full: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a delta with base + delta == full to the last bit wherever there is one, so that saving again gives the same bytes."""
     full, base = full.to(dtype), base.to(dtype)
     delta = (full.double() - base.double()).to(dtype)

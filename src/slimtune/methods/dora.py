@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import SpecError
 from slimtune.core.fold import Chain
+from slimtune.core.modifier import Modifier
 from slimtune.core.op import Additive, Op
 from slimtune.core.registry import register
 from slimtune.core.site import Site
@@ -99,6 +101,9 @@ class DoRAOp(Op):
     def settings(self) -> dict[str, Any]:
         return self.inner.settings()
 
+    def resume(self, settings: dict[str, Any], site: Site) -> None:
+        self.inner.resume(settings, site)
+
 
 def row_norms(W: Tensor, axis: int) -> Tensor:
     """Return the norm of W over every dimension but `axis`."""
@@ -107,7 +112,7 @@ def row_norms(W: Tensor, axis: int) -> Tensor:
 
 @register("dora")
 @dataclass(frozen=True, kw_only=True)
-class DoRA(Spec):
+class DoRA(Modifier):
     """Weight-decomposed adaptation (arXiv 2402.09353) of an additive method.
 
     Args:
@@ -121,35 +126,19 @@ class DoRA(Spec):
     """
 
     of: Spec = field(default_factory=LoRA)
-    targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
-
-    def inner(self) -> Spec:
-        """Return the method inside, with this spec's targets."""
-        mine = {k: v for k in ("targets", "layers", "exclude", "train_modules") if (v := getattr(self, k))}
-        return replace(self.of, **mine)
-
-    def problems(self) -> list[str]:
-        return self.of.problems()
-
-    def sites(self, model: nn.Module) -> list[Site]:
-        return self.inner().sites(model)
 
     def check(self, site: Site) -> list[str]:
-        wrong = self.inner().check(site)
+        wrong = super().check(site)
         if site.kind.name in {"experts", "attention"} or site.port != "weight":
             wrong.append(f"DoRA's magnitude is not defined on {site.kind.name} weights")
         if getattr(self.of, "up_bias", False):
             wrong.append("DoRA rescales weights only: set up_bias=False inside it")
         return wrong
 
-    def check_all(self, sites: list[Site]) -> list[str]:
-        return self.inner().check_all(sites)
-
-    def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
-        self.inner().prepare(sites, shared)
-
     def build(self, site: Site) -> DoRAOp:
         op = self.inner().build(site)
         if not isinstance(op, Additive):
-            raise TypeError(f"DoRA modifies additive methods; {self.of.method} is none")
+            raise SpecError(
+                f"DoRA modifies methods that add to the weight; {self.of.method} does not", where=str(site), hint="st.DoRA(of=st.LoRA(r=8))"
+            )
         return DoRAOp(site, op)

@@ -22,6 +22,7 @@ class ScaleOutput(Op):
     """l [b]: y' = l * y, bias included."""
 
     roles = {"l": "gain"}
+    linear_in = {"l": 1.0}
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -41,16 +42,17 @@ class ScaleInput(Op):
     """l [a]: x' = l * x."""
 
     roles = {"l": "gain"}
+    linear_in = {"l": 1.0}
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.l = nn.Parameter(torch.ones(site.a, device=site.device, dtype=site.dtype))
 
     def enter(self, x: Tensor, host: nn.Module) -> Tensor:
-        return x * cast(self.l, x)
+        return x * self.kind.along_input(cast(self.l, x), x)
 
     def weight(self, W: Tensor) -> Tensor:
-        return W * self.l.to(W.device, W.dtype)
+        return W * self.kind.over_inputs(self.l.to(W.device, W.dtype), W)
 
 
 @register("ia3")
@@ -77,7 +79,7 @@ class IA3(Spec):
     def check(self, site: Site) -> list[str]:
         if site.kind.name not in {"linear", "conv", "embedding"}:
             return [f"IA3 rescales layers, and the output of a {site.kind.name} is not one"]
-        if self._inner(site) and site.kind.name != "linear":
+        if self._inner(site) and site.kind.name not in {"linear", "conv"}:
             return [f"the input of a {site.kind.name} cannot be rescaled: take it out of feedforward="]
         return []
 

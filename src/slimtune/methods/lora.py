@@ -1,15 +1,23 @@
 """LoRA: y += s (x A^T) B^T, the weight delta s B A of rank r.
 
-Paper: arXiv 2106.09685; rank-stabilised scale alpha / sqrt(r): arXiv 2312.03732.
-Cost per linear map [b, a]: r (a + b) parameters, 2 n r (a + b) FLOPs forward; activations kept: x (shared) and h [n, r].
+Paper: arXiv 2106.09685; rank-stabilised scale alpha / sqrt(r): arXiv 2312.03732; A frozen (`freeze="A"`): LoRA-FA, arXiv 2308.03303.
+Cost per linear map [b, a]: r (a + b) parameters, 2 n r (a + b) FLOPs forward; activations kept: x (shared) and h [n, r]; with A
+frozen r b parameters, and h only.
 Works on linear maps, convolutions, embeddings, attention projections and 3-D expert weights. Cannot: nothing known.
+
+Dropout while training, with probability p of dropping and the rest times 1 / (1 - p), so that the mean is the output without:
+    element  each entry of x by itself (the paper)
+    column   inputs, the same for all tokens: x_j for all of them (arXiv 2403.00812's column-wise form); a mask of a numbers, not n a
+    rank     rank directions, the same for all tokens: h_k
+    module   the whole adapter (stochastic depth, arXiv 1603.09382)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +28,42 @@ from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.targets import matches
-from slimtune.initialise import INITS, init_problems, initialise
+from slimtune.initialise import INITS, STUDIES, init_problems, initialise
 from slimtune.kernels.lowrank import add_low_rank, fusing
+
+DROPOUTS = ("element", "column", "rank", "module")
 
 
 class LoRAOp(Additive):
-    """A [r, a] and B [b, r]; with `A0`, `B0` the delta is s (B A - B0 A0): zero at the start, whatever A and B began as."""
+    """A [r, a] and B [b, r]; with `A0`, `B0` the delta is s (B A - B0 A0): zero at the start, whatever A and B began as.
+
+    Args:
+        frozen_down: A gets no gradient (LoRA-FA).
+    """
 
     roles = {"A": "down", "B": "up", "up_bias": "bias"}
-    A: nn.Parameter
+    A: Tensor
     B: nn.Parameter
 
-    def __init__(self, site: Site, r: int, scale: float, dropout: float = 0.0, up_bias: bool = False) -> None:
+    def __init__(
+        self,
+        site: Site,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        up_bias: bool = False,
+        *,
+        dropout_kind: str = "element",
+        frozen_down: bool = False,
+    ) -> None:
         super().__init__(site)
-        self.r, self.scale, self.dropout = r, scale, dropout
+        self.r, self.scale, self.dropout, self.dropout_kind = r, scale, dropout, dropout_kind
         shape_a, shape_b = site.kind.factor_shapes(site.module, site.param, r)
-        self.A = nn.Parameter(torch.empty(shape_a, device=site.device, dtype=site.dtype))
+        A = torch.empty(shape_a, device=site.device, dtype=site.dtype)
+        if frozen_down:
+            self.register_buffer("A", A)
+        else:
+            self.A = nn.Parameter(A)
         self.B = nn.Parameter(torch.empty(shape_b, device=site.device, dtype=site.dtype))
         self.up_bias = nn.Parameter(torch.zeros(site.b, device=site.device, dtype=site.dtype)) if up_bias else None
         self.register_buffer("A0", None)
@@ -52,36 +80,64 @@ class LoRAOp(Additive):
     def freeze_start(self) -> None:
         self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the (A, B) of the whole delta / s, frozen part included: rank r or 2 r."""
+    def factors(self, keep: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the (A, B) of the whole delta / s, frozen part included: rank r or 2 r.
+
+        Args:
+            keep: what A is multiplied with, see `mask`.
+        """
+        masked = isinstance(keep, Tensor)
+        A = self.A * keep if masked else self.A
         if self.A0 is None:
-            return self.A, self.B
-        return self.kind.beside(self.A, self.B, self.A0, -self.B0)
+            return A, self.B
+        return self.kind.beside(A, self.B, self.A0 * keep if masked else self.A0, -self.B0)
+
+    def mask(self) -> Tensor | float:
+        """Return what A is multiplied with in this call: 1, or while training a new mask of columns, ranks or everything.
+
+        Drawn from torch's generator, which checkpointing puts back before it runs a forward again.
+        """
+        if self.dropout == 0 or not self.training or self.dropout_kind == "element":
+            return 1.0
+        shape = [1] * self.A.dim()
+        if self.dropout_kind != "module":
+            axis = self.kind.rank_axis + (self.dropout_kind == "column")
+            shape[axis] = self.A.shape[axis]
+        kept = torch.rand(shape, device=self.A.device) >= self.dropout
+        return kept.to(self.A.dtype) / (1 - self.dropout)
+
+    def element_dropout(self) -> float:
+        """Return the probability with which entries of x are dropped now."""
+        return self.dropout if self.training and self.dropout_kind == "element" else 0.0
 
     def delta(self) -> Tensor:
         A, B = self.factors()
         return self.scale * self.kind.compose(A, B, self.shape)
 
-    def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+    def pair(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
-        x = x if self.dropout == 0 or not self.training else torch.dropout(x, self.dropout, True)
+        return A, self.scale * B
+
+    def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        A, B = self.factors(self.mask())
+        p = self.element_dropout()
+        x = x if p == 0 else torch.dropout(x, p, True)
         h = self.kind.down(x, cast(A, y), host)
         d = self.scale * self.kind.up(h, cast(B, y), host)
         return d if self.up_bias is None else d + self.kind.along_output(self.scale * cast(self.up_bias, y), d)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float, float] | None:
         """Return (A, B, s, dropout probability now) for fused kernels, or None when the op is more than that."""
-        if self.up_bias is not None:
+        if self.up_bias is not None or (self.training and self.dropout and self.dropout_kind != "element"):
             return None
-        return *self.factors(), self.scale, self.dropout if self.training else 0.0
+        return *self.factors(), self.scale, self.element_dropout()
 
     def add(self, x: Tensor, y: Tensor, host: nn.Module, w: Tensor | None) -> Tensor:
         """Accumulate into y with one autograd function, where the map is linear and nothing else is asked for."""
-        fused = self.low_rank() if self.kind.name == "linear" and y.dtype == x.dtype and fusing(y) else None
-        if fused is None:
+        if self.up_bias is not None or self.kind.name != "linear" or y.dtype != x.dtype or not fusing(y):
             return super().add(x, y, host, w)
-        A, B, scale, p = fused
-        return add_low_rank(y, x, A, B, scale if w is None else scale * float(w), p)
+        A, B = self.factors(self.mask())
+        return add_low_rank(y, x, A, B, self.scale if w is None else self.scale * float(w), self.element_dropout())
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         if self.up_bias is None:
@@ -105,7 +161,8 @@ class LoRAOp(Additive):
         shape_a = site.kind.layouts(site.module, site.param, r)[-1] if wide else shape_a
         for name, shape in (("A", shape_a), ("B", shape_b)):
             if getattr(self, name).shape != shape:
-                setattr(self, name, nn.Parameter(torch.empty(shape, **new)))
+                empty = torch.empty(shape, **new)
+                setattr(self, name, empty if name in self._buffers else nn.Parameter(empty))
             setattr(self, f"{name}0", torch.empty(shape, **new) if frozen else None)
         if up_bias != (self.up_bias is not None):
             self.up_bias = nn.Parameter(torch.empty(site.b, **new)) if up_bias else None
@@ -120,8 +177,13 @@ class LoRA(Spec):
         r: rank.
         alpha: the scale is alpha / r, or alpha / sqrt(r) with `rank_stabilised`; default: 2 r.
         rank_stabilised: arXiv 2312.03732.
-        dropout: probability of dropping an input of the down projection while training.
-        init: how A and B start; see `slimtune.initialise`. None of them changes the base.
+        dropout: probability of dropping while training.
+        dropout_kind: what is dropped: "element", "column", "rank" or "module" (see the module's text).
+        freeze: "A" leaves A as it starts (LoRA-FA): no input needs to be kept for backward. Default: "none".
+        init: how A and B start; see `slimtune.initialise`. None of them changes the base. "eva", "corda", "corda_kpm" and "lora_ga" look at
+            a few batches: `st.attach(model, spec, data=batches)`.
+        init_batches: how many batches of `data` they look at, at most.
+        rho: "eva" may give a module up to rho times its rank, taken from others (1: no redistribution).
         up_bias: train a bias [b] on the up projection.
         rank_pattern, alpha_pattern: target pattern -> rank / alpha, for modules that differ; the first match counts.
         loftq_source: folder with the original, unquantised safetensors (init="loftq").
@@ -133,11 +195,17 @@ class LoRA(Spec):
         16
     """
 
+    op: ClassVar[type[LoRAOp]] = LoRAOp  # that it builds
+
     r: int = 8
     alpha: float | None = None
     rank_stabilised: bool = False
     dropout: float = 0.0
+    dropout_kind: str = "element"
+    freeze: str = "none"
     init: str = "kaiming"
+    init_batches: int = 8
+    rho: float = 2.0
     up_bias: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -149,10 +217,18 @@ class LoRA(Spec):
             wrong.append(f"r must be at least 1, not {self.r}")
         if not 0 <= self.dropout < 1:
             wrong.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.dropout_kind not in DROPOUTS:
+            wrong.append(f"dropout_kind must be one of {', '.join(DROPOUTS)}, not {self.dropout_kind!r}")
+        if self.freeze not in ("none", "A"):
+            wrong.append(f"freeze must be none or A, not {self.freeze!r}")
         if self.init not in INITS:
             wrong.append(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
         if self.init == "loftq" and not self.loftq_source:
             wrong.append('init="loftq" needs loftq_source=, the folder of the unquantised model')
+        if self.init_batches < 1:
+            wrong.append(f"init_batches must be at least 1, not {self.init_batches}")
+        if self.rho < 1:
+            wrong.append(f"rho must be at least 1, not {self.rho}")
         for key, value in (self.rank_pattern or {}).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 wrong.append(f"rank_pattern[{key!r}] must be an integer of at least 1, not {value!r}")
@@ -174,8 +250,10 @@ class LoRA(Spec):
 
     def check(self, site: Site) -> list[str]:
         wrong = site.kind.rank_problems(site.module, site.param, self.rank(site))
-        if self.dropout and not site.kind.drops:
+        if self.dropout and self.dropout_kind == "element" and not site.kind.drops:
             wrong.append(f"the input of a {site.kind.name} cannot be dropped: set dropout=0 or leave it out with exclude=")
+        elif self.dropout and site.kind.name == "attention":
+            wrong.append("the projections of an attention module run on one weight, where nothing can be dropped: set dropout=0")
         if self.up_bias and not site.kind.takes_bias:
             wrong.append(f"a {site.kind.name} takes no bias: set up_bias=False")
         return wrong or init_problems(self.init, site, self)
@@ -189,8 +267,26 @@ class LoRA(Spec):
             if not any(matches(pattern, s.path, s.module, set()) for s in sites)
         ]
 
+    def wants_data(self) -> bool:
+        return self.init in STUDIES
+
+    def study(self, model: nn.Module, sites: list[Site], data: Iterable[Any], shared: dict[str, Any]) -> list[Site]:
+        """Look at the data for an initialiser, and leave out the sites that get no rank."""
+        found = STUDIES[self.init](model, sites, data, self)
+        shared["study"] = found
+        return [site for site in sites if (site.path, site.param) in found]
+
     def build(self, site: Site) -> LoRAOp:
-        op = LoRAOp(site, self.rank(site), self.scale(site), self.dropout, self.up_bias)
+        found = None if site.blank else site.shared.get("study", {}).get((site.path, site.param))
+        op = self.op(
+            site,
+            self.rank(site) if found is None else found[0].shape[0],
+            self.scale(site),
+            self.dropout,
+            self.up_bias,
+            dropout_kind=self.dropout_kind,
+            frozen_down=self.freeze == "A",
+        )
         if not site.blank:
             initialise(self.init, op, site, self)
         return op

@@ -25,6 +25,7 @@ class MoRAOp(Additive):
     """M [r', r'] by sharing."""
 
     roles = {"M": "core"}
+    linear_in = {"M": 0.0}
 
     def __init__(self, site: Site, side: int) -> None:
         super().__init__(site)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.errors import PlanError
-from slimtune.core.fold import Chain, leaving, put, take
+from slimtune.core.fold import Chain, leaving, narrow, put, take
 from slimtune.core.host import Slot, generalise, specialise
 from slimtune.core.kind import Kind
 from slimtune.core.plan import Plan
@@ -146,7 +146,7 @@ class AttentionKind(Kind):
         )  # fmt: skip
         if turned:
             y = y.transpose(0, 1)
-        after = [link for link in ([(op, w) for op, w in link if op.port == "output"] for link in chain) if link]
+        after = narrow(chain, lambda op: op.port == "output")
         return leaving(host, [x] * len(after), y, after), weights
 
 

@@ -79,6 +79,13 @@ class ConvKind(Kind):
     def along_output(self, v: Tensor, y: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.n)  # [b] -> [b, 1, ...], which fits batched and unbatched outputs
 
+    def along_input(self, v: Tensor, x: Tensor) -> Tensor:
+        return v.view(-1, *[1] * self.n)
+
+    def over_inputs(self, v: Tensor, weight: Tensor) -> Tensor:
+        c = weight.shape[1]  # a/g: group g of the outputs sees its own part of v
+        return v.view(-1, 1, c).expand(-1, weight.shape[0] * c // v.shape[0], c).reshape(*weight.shape[:2], *[1] * self.n)
+
     # ---- low rank -----------------------------------------------------------------------------------------------
     def factor_shapes(self, module: Any, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         b, *rest = self.shape(module, param)

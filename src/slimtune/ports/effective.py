@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError
-from slimtune.core.fold import Chain, no_sum
+from slimtune.core.fold import Chain, members, narrow, no_sum
 from slimtune.core.op import Op, affine
 
 
 def of_param(chain: Chain, param: str) -> Chain:
     """Return the part of a chain that acts on one weight."""
-    found = [[(op, w) for op, w in link if op.port == "weight" and op.param == param] for link in chain]
-    return [link for link in found if link]
+    return narrow(chain, lambda op: op.port == "weight" and op.param == param)
 
 
 def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +32,8 @@ def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module
         plain = len(link) == 1 and link[0][1] is None
         W0, b0 = W, b
         for op, w in link:
-            _check(op, plain, host)
+            for member in members(op):
+                _check(member, plain, host)
             if hasattr(op, "weight"):
                 new = op.weight(W0)  # type: ignore[operator]
                 W = new if w is None else W + w.to(work) * (new - W0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +54,11 @@ class EmbeddingKind(Kind):
 
     def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
         return _scale(F.embedding(x, weight, host.padding_idx), host)
+
+    def add_rows(self, x: Tensor, y: Tensor, ids: Tensor, rows: Tensor, host: Any) -> Tensor:
+        at = torch.searchsorted(ids, x.to(ids.dtype)).clamp(max=len(ids) - 1)  # [n]: where each token would stand among the k
+        here = (ids[at] == x)[..., None]
+        return y + _scale(F.embedding(at, rows) * here, host)
 
     def factor_shapes(self, module: Any, param: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         num, dim = self.shape(module, param)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slimtune.core.errors import SiteError
-from slimtune.core.fold import Chain, entering, leaving, put, take
+from slimtune.core.fold import Chain, entering, leaving, narrow, put, take
 from slimtune.core.kind import Kind
 from slimtune.core.plan import Plan
 from slimtune.ports.effective import of_param
@@ -50,6 +50,7 @@ class ExpertsKind(Kind):
     name = "experts"
     ports = ("weight", "output")
     params = ("gate_up_proj", "up_proj", "down_proj")
+    rank_axis = 1
 
     def fits(self, module: Any) -> bool:
         own = module.__dict__
@@ -156,7 +157,7 @@ class ExpertsKind(Kind):
         if host.has_post_expert_norm:
             h = host.post_expert_norm(h)
         h = h * weights.reshape(-1)[order][:, None]
-        after = [link for link in ([(op, w) for op, w in link if op.port == "output"] for link in chain) if link]
+        after = narrow(chain, lambda op: op.port == "output")
         if getattr(host.config, "_experts_implementation", None) in {None, "eager"}:
             y = torch.zeros_like(x).index_add_(0, token, h.to(x.dtype))  # the sum in the base's own order
         else:

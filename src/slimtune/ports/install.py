@@ -38,7 +38,8 @@ def install(module: nn.Module, **values: Tensor | None) -> Exchange:
             continue
         before = module._parameters.get(name)
         like = before if before is not None else next(iter(module.parameters(recurse=False)))
-        new[name] = nn.Parameter(value.detach().to(device=like.device, dtype=like.dtype), requires_grad=False)
+        dtype = like.dtype if like.is_floating_point() else value.dtype  # a new bias beside packed codes
+        new[name] = nn.Parameter(value.detach().to(device=like.device, dtype=dtype), requires_grad=False)
     exchange = Exchange(module, new)
     exchange()
     return exchange

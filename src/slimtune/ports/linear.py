@@ -54,6 +54,9 @@ class LinearKind(Kind):
     def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
 
+    def add_rows(self, x: Tensor, y: Tensor, ids: Tensor, rows: Tensor, host: Any) -> Tensor:
+        return y.index_add(-1, ids, F.linear(x.to(rows.dtype), rows))  # [n, a] @ [a, k] -> [n, k], at k of the b outputs
+
     def forward(
         self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -145,14 +148,15 @@ class BlockKind(Kind):
         return True
 
     def widths(self, module: Any, param: str) -> tuple[int, int]:
-        """Return the widths of the first and last linear map inside."""
+        """Return the widths of the first and last linear map inside; of the experts alone, where it holds some."""
         from slimtune.core.targets import kind_of
 
         inner = [(kind_of(m), m) for m in module.modules()]
-        maps = [k.widths(m, k.names(m)[0]) for k, m in inner if k is not None and k.name == "linear"]
-        if not maps:
-            return 0, 0
-        return maps[0][0], maps[-1][1]
+        for name in ("experts", "linear"):
+            maps = [k.widths(m, p) for k, m in inner if k is not None and k.name == name for p in k.names(m)]
+            if maps:
+                return maps[0][0], maps[-1][1]
+        return 0, 0
 
     def names(self, module: Any) -> tuple[str, ...]:
         return ()

@@ -109,7 +109,7 @@ class Block(nn.Module):
         return x + self.outer(torch.tanh(self.inner(x))), x.detach()
 
 
-def _rescale(model: nn.Module) -> nn.Module:
+def rescale(model: nn.Module) -> nn.Module:
     """Give every tensor of a model entries of ordinary size, so that no property holds only because it is near zero."""
     for p in model.parameters():
         if p.is_floating_point():
@@ -118,7 +118,7 @@ def _rescale(model: nn.Module) -> nn.Module:
 
 
 def _box(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return _rescale(Box(module)).to(dtype)
+    return rescale(Box(module)).to(dtype)
 
 
 def _vectors(*shape: int) -> Callable[[int, torch.dtype], Inputs]:
@@ -149,12 +149,14 @@ def _embedding(dtype: torch.dtype) -> nn.Module:
 
 
 def _ids(n: int, dtype: torch.dtype) -> Inputs:
-    return (torch.randint(1, 50, (n, 5)),)
+    ids = torch.randint(1, 50, (n, 5))
+    ids[:, 0] = 1  # a text begins with its special token
+    return (ids,)
 
 
 def _mha(dtype: torch.dtype, batch_first: bool = True, **widths: Any) -> nn.Module:
     attention = nn.MultiheadAttention(32, 4, batch_first=batch_first, **widths)
-    return _rescale(SelfAttention(attention)).to(dtype)
+    return rescale(SelfAttention(attention)).to(dtype)
 
 
 def _cross(n: int, dtype: torch.dtype) -> Inputs:
@@ -164,7 +166,7 @@ def _cross(n: int, dtype: torch.dtype) -> Inputs:
 
 def _encoder_layer(dtype: torch.dtype) -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    return _rescale(Box(layer)).to(dtype)
+    return rescale(Box(layer)).to(dtype)
 
 
 def _experts(dtype: torch.dtype) -> nn.Module:
@@ -213,6 +215,15 @@ def _eight_bit(dtype: torch.dtype) -> nn.Module:
     return _bnb(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
 
 
+def _group_four_bit(dtype: torch.dtype) -> nn.Module:
+    from slimtune.ports.group_quantised import GroupLinear
+
+    layer = nn.Linear(64, 32)
+    with torch.no_grad():
+        nn.init.normal_(layer.weight, std=0.2)
+    return Box(GroupLinear(layer, group=32)).to(dtype)
+
+
 def _llama(dtype: torch.dtype) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -220,7 +231,32 @@ def _llama(dtype: torch.dtype) -> nn.Module:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50,
         pad_token_id=0, use_cache=False,
     )  # fmt: skip
-    return _rescale(LlamaForCausalLM(config)).to(dtype)
+    return rescale(LlamaForCausalLM(config)).to(dtype)
+
+
+def _bert(dtype: torch.dtype) -> nn.Module:
+    from transformers import BertConfig, BertForTokenClassification
+
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=64,
+        num_labels=7, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return rescale(BertForTokenClassification(config)).to(dtype)
+
+
+def _t5(dtype: torch.dtype) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=50, dropout_rate=0.0, use_cache=False, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return rescale(T5ForConditionalGeneration(config)).to(dtype)
+
+
+def _pairs(n: int, dtype: torch.dtype) -> Inputs:
+    """Return input ids, their mask, and decoder ids."""
+    return torch.randint(2, 50, (n, 5)), torch.ones(n, 5, dtype=torch.long), torch.randint(2, 50, (n, 3))
 
 
 def _conv(n_dim: int, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -250,12 +286,15 @@ CASES: list[Case] = [
     Case("experts, transposed", _transposed_experts, _routed, in_dims=(0, 0, 0), compiles=False),
     Case("LayerNorm", lambda d: _box(nn.LayerNorm(32), d), _vectors(3, 32)),
     Case("RMSNorm", lambda d: _box(nn.RMSNorm(32), d), _vectors(3, 32)),
-    Case("block", lambda d: _rescale(Box(Block(32))).to(d), _vectors(3, 32)),
+    Case("block", lambda d: rescale(Box(Block(32))).to(d), _vectors(3, 32)),
     Case("nf4", _four_bit("nf4"), _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
     Case("fp4", _four_bit("fp4"), _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
+    Case("group 4-bit", _group_four_bit, _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
     Case("int8", _eight_bit, _vectors(3, 64), dtype=torch.float32, rtol=2e-5, quantised=True),
     # transformers rounds a float64 norm to float32 inside, so an adapted one can agree to that only
     Case("Llama", _llama, _ids, targets=None, step=1e-3, rtol=2e-6),
+    Case("BERT", _bert, _ids, targets=None),
+    Case("T5", _t5, _pairs, targets=None, in_dims=(0, 0, 0), step=1e-3, rtol=2e-6),
 ]  # fmt: skip
 
 

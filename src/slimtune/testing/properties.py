@@ -24,6 +24,9 @@ from slimtune.core.op import Op
 from slimtune.core.plan import Which
 from slimtune.core.spec import Spec
 from slimtune.core.targets import kind_of
+from slimtune.ports.group_quantised import GroupLinear
+from slimtune.testing.by_hand import with_prompts
+from slimtune.testing.textbook import with_prefixes
 from slimtune.testing.subject import Subject, adapter_of, bits, classes, close, differ, refused, run, state
 
 Property = Callable[[Subject], None]
@@ -134,10 +137,16 @@ def merged_twin(s: Subject, model: nn.Module) -> Tensor:
 
 
 def requantise(model: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a module quantised anew from a dense weight into a quantised case's model, with nothing but bitsandbytes itself."""
-    bnb: Any = importlib.import_module("bitsandbytes")
+    """Put a module quantised anew from a dense weight into a quantised case's model, with nothing but the quantising library itself."""
     old: Any = model.get_submodule("body")
     b, a = weight.shape
+    if isinstance(old, GroupLinear):
+        plain: Any = nn.Linear(a, b, bias=bias is not None)
+        plain.weight = nn.Parameter(weight.detach().clone())
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        model.body = GroupLinear(plain, old.group).eval()
+        return
+    bnb: Any = importlib.import_module("bitsandbytes")
     if isinstance(old, bnb.nn.Linear4bit):
         kind = old.weight.quant_state.quant_type
         new: Any = bnb.nn.Linear4bit(a, b, bias=bias is not None, quant_type=kind, compute_dtype=old.compute_dtype)
@@ -274,59 +283,97 @@ def weighted_sum(s: Subject) -> None:
 def by_hand(s: Subject, which: Which) -> None:
     """Compare a plan with its effect worked out at every site from what the site was given."""
     model = s.attached("a", "b")
-    seen: list[tuple[nn.Module, tuple[object, ...], dict[str, object], Tensor]] = []
+    seen: list[tuple[nn.Module, tuple[object, ...], dict[str, object], Tensor, dict[str, Tensor]]] = []
+    entered: dict[str, Tensor] = {}  # entrance -> the last input it got, for ops that read another module's input
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda m, args, kw: entered.update({path: args[0] if args else next(iter(kw.values()))})
+
     hooks = [
-        m.register_forward_hook(lambda m, args, kw, out: seen.append((m, args, kw, first_tensor(out))), with_kwargs=True)
+        m.register_forward_hook(lambda m, args, kw, out: seen.append((m, args, kw, first_tensor(out), dict(entered))), with_kwargs=True)
         for m in model.modules()
         if "slim" in m._modules
     ]
+    for path in {op.entrance for name in which for op in s.ops(model, name).values() if op.entrance}:  # type: ignore[union-attr]
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(enter(path), with_kwargs=True))
     with st.use(model, which):
         out = s.out(model)
     for hook in hooks:
         hook.remove()
     assert seen, "no adapted module was called"
     differ(out, s.out(s.case.build()), f"use({which})")
-    for module, args, kwargs, got in seen:
+    for module, args, kwargs, got, inputs in seen:
         with torch.no_grad():
-            want = folded(s, model, module, args, kwargs, which)
+            want = folded(s, model, module, args, kwargs, which, inputs)
         s.close(got, want, f"use({which}) at {module.slim.path}", 3e-3 if s.case.name == "int8" else None)  # type: ignore[union-attr]
 
 
-def folded(s: Subject, model: nn.Module, module: nn.Module, args: tuple, kwargs: dict, which: Which) -> Tensor:  # type: ignore[type-arg]
-    """Return what a site must give under a plan: through dense weights where all ops have them, else op by op."""
+def folded(  # type: ignore[type-arg]
+    s: Subject, model: nn.Module, module: nn.Module, args: tuple, kwargs: dict, which: Which, inputs: dict[str, Tensor]
+) -> Tensor:
+    """Return what a site must give under a plan: through dense weights where all ops have them, else op by op.
+
+    Args:
+        inputs: what the entrances that ops read elsewhere were given.
+    """
     names = list(which)  # type: ignore[arg-type]
     mine = [op for name in names for op in module.slim.ops(name)]  # type: ignore[union-attr, operator]
     kind = module.slim.kind  # type: ignore[union-attr]
     if all(hasattr(op, "weight") or hasattr(op, "bias") for op in mine) and not s.case.quantised:
-        undo = []
-        for param in kind.names(module):  # type: ignore[operator, union-attr]
-            W, b = dense_after(module, [], param)
-            if isinstance(which, dict):
-                W0, b0 = W, b
-                for name, w in which.items():
-                    W1, b1 = dense_after(module, module.slim.ops(name), param)  # type: ignore[union-attr, operator]
-                    W = W + w * (W1 - W0)
-                    if b1 is not None:
-                        zero = torch.zeros_like(b1)
-                        b = (zero if b is None else b) + w * (b1 - (zero if b0 is None else b0))
-            else:
-                W, b = dense_after(module, mine, param)
-            undo.append(kind.write(module, param, W, b))  # type: ignore[operator, union-attr]
+        return through_weights(model, module, args, kwargs, which, lambda op: True)
+    if any(op.port == "attention" or (op.port == "stream" and not op.tokens) for op in mine):
         with st.disabled(model):
-            want = first_tensor(module(*args, **kwargs))
-        for step in reversed(undo):
-            step()
-        return want
+            return with_prefixes(model, module, args, kwargs, which)
+    if any(op.port in {"stream", "reader"} and op.tokens for op in mine):
+        with st.disabled(model):
+            return with_prompts(module, args, kwargs, which)
     with st.disabled(model):
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        y = first_tensor(module(*args, **kwargs))
+        inside = kind.name in {"attention", "experts"}  # there weight ops act on what is computed inside, the others on the output
+        y = through_weights(model, module, args, kwargs, which, at_weights) if inside else first_tensor(module(*args, **kwargs))
         if any(hasattr(op, "enter") for op in mine):  # only a quantised base gets here: its linear maps can be replayed
             return replayed(module, mine, which, x)
+
+        def after(y: Tensor, ops: list[Any]) -> Tensor:
+            for i, op in enumerate(ops):
+                before = [[(o, None)] for o in ops[:i]]
+                if not (inside and at_weights(op)):
+                    y = op.turn(x, y, module, before) if hasattr(op, "turn") else y + op.run(inputs[op.entrance] if op.entrance else x, y, module)
+            return y
+
         if isinstance(which, dict):
-            return y + sum(w * op.run(x, y, module) for name, w in which.items() for op in module.slim.ops(name))  # type: ignore
-        for i, op in enumerate(mine):
-            y = op.turn(x, y, module, [[(o, None)] for o in mine[:i]]) if hasattr(op, "turn") else y + op.run(x, y, module)
-    return y
+            return y + sum(w * (after(y, module.slim.ops(name)) - y) for name, w in which.items())  # type: ignore
+        return after(y, mine)
+
+
+def at_weights(op: Op) -> bool:
+    return op.port == "weight"
+
+
+def through_weights(  # type: ignore[type-arg]
+    model: nn.Module, module: Any, args: tuple, kwargs: dict, which: Which, keep: Callable[[Op], bool]
+) -> Tensor:
+    """Return the output of a module whose weights are those that a plan's ops make of them, the ops that are to be kept."""
+    kind, undo = module.slim.kind, []
+    ops = {name: [op for op in module.slim.ops(name) if keep(op)] for name in which}  # type: ignore[union-attr]
+    for param in kind.names(module):
+        W, b = dense_after(module, [], param)
+        if isinstance(which, dict):
+            W0, b0 = W, b
+            for name, w in which.items():
+                W1, b1 = dense_after(module, ops[name], param)
+                W = W + w * (W1 - W0)
+                if b1 is not None:
+                    zero = torch.zeros_like(b1)
+                    b = (zero if b is None else b) + w * (b1 - (zero if b0 is None else b0))
+        else:
+            W, b = dense_after(module, [op for found in ops.values() for op in found], param)
+        undo.append(kind.write(module, param, W, b))
+    with st.disabled(model):
+        want = first_tensor(module(*args, **kwargs))
+    for step in reversed(undo):
+        step()
+    return want
 
 
 def replayed(module: nn.Module, ops: list[Op], which: Which, x: Tensor) -> Tensor:

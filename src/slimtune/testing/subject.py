@@ -19,6 +19,8 @@ from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State
 from slimtune.testing.cases import Case, Inputs
 
+STEPS = 8  # optimiser steps that a property trains for, at most
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -29,8 +31,9 @@ class Subject:
 
     # ---- set-up -------------------------------------------------------------------------------------------------
     def placed(self) -> Spec:
-        """Return the spec with the case's targets."""
-        return self.spec if self.case.targets is None else dataclasses.replace(self.spec, targets=self.case.targets)
+        """Return the spec with the case's targets, and with the length of training where it asks for one (`scheduled(steps)`)."""
+        spec: Spec = self.spec.scheduled(STEPS) if hasattr(self.spec, "scheduled") else self.spec
+        return spec if self.case.targets is None else dataclasses.replace(spec, targets=self.case.targets)
 
     def attached(self, *names: str, dtype: torch.dtype | None = None, busy: bool = True, model: nn.Module | None = None) -> nn.Module:
         """Return the case's model with adapters of these names, the last one in use.
@@ -51,15 +54,17 @@ class Subject:
 
     def expected_problem(self, model: nn.Module) -> str:
         """Return why spec and kind themselves say that this method cannot sit here, or ""."""
-        try:
-            sites = self.placed().sites(model)
-        except SlimtuneError as error:
-            return error.what
-        if not sites:
-            return "no site"
-        problems = [site.kind.problem(site.module) for site in sites]
-        problems += [p for site in sites for p in self.placed().check(site)]
-        return next((p for p in problems if p), "")
+        found: list[str] = []
+        for part in self.placed().parts():
+            try:
+                sites = part.sites(model)
+            except SlimtuneError as error:
+                return error.what
+            if not sites:
+                return "no site"
+            found += [site.kind.problem(site.module) for site in sites]
+            found += [p for site in sites for p in part.check(site)]
+        return next((p for p in found if p), "")
 
     # ---- what it can do -----------------------------------------------------------------------------------------
     def ops(self, model: nn.Module, name: str) -> dict[tuple[str, str], Op]:

@@ -19,7 +19,7 @@ from slimtune.core.attach import attach
 from slimtune.core.errors import SlimtuneError
 from slimtune.core.registry import spec_class
 from slimtune.core.spec import Spec
-from slimtune.testing import training  # noqa: F401  (registers its properties)
+from slimtune.testing import algebra, training  # noqa: F401  (they register their properties)
 from slimtune.testing.cases import CASES, Case, case
 from slimtune.testing.properties import COMPILED, EVERY_PLAN, PROPERTIES, Property
 from slimtune.testing.subject import Subject, bits, classes, refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from slimtune.core.errors import CapabilityError, DataError
 from slimtune.train.bar import ProgressBar
 from slimtune.train.candidates import Candidates, token_candidates
-from slimtune.train.collate import Collator
+from slimtune.train.collate import Collator, length_grouped_order
 from slimtune.train.evaluate import Evaluation, evaluate_causal, evaluate_classifier
 from slimtune.train.formats import render_prompt
 from slimtune.train.method_options import build_spec
@@ -96,6 +96,13 @@ class Job:
     @property
     def collate(self) -> Collator:
         return Collator(self.tokenizer.pad_token_id)
+
+    def first_batches(self) -> Iterator[Row]:
+        """Batches for what starts from data: training rows in an order of their own, the same on every process of a run."""
+        rows = self.train_rows
+        order = length_grouped_order([1] * len(rows), self.recipe.batch_size, self.recipe.seed)
+        for start in range(0, len(order), self.recipe.batch_size):
+            yield self.collate([rows[i] for i in order[start : start + self.recipe.batch_size]])
 
     @property
     def candidates(self) -> Candidates | None:

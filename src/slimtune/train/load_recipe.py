@@ -27,6 +27,7 @@ _ALIASES = {
     "warmup_steps": "warmup", "max_grad_norm": "clip", "load_in_4bit": "quantize", "torch_dtype": "dtype", "adapter": "method",
     "peft_type": "method", "run_name": "name", "logging_steps": "log_every", "eval_steps": "eval_every",
     "save_steps": "save_every",
+    "loraplus_lr_ratio": "up_ratio",
 }  # fmt: skip
 _PATH_KEYS = ("train_file", "valid_file", "test_file")
 _OWN_KEYS = [key for key in Recipe.model_fields if key != "options"]

@@ -142,7 +142,7 @@ def load_model(
         task: "causal_lm" or "classification".
         labels: the class names, in the order of their indices (classification only).
         dtype: "auto", "bfloat16", "float16" or "float32".
-        quantize: "none", "nf4" or "int8" (bitsandbytes).
+        quantize: "none", "nf4" or "int8" (bitsandbytes), or "group4" (our own 4 bits in groups, made after loading).
         empty: build it on the meta device, without any weights: cheap, for counting.
 
     Raises:
@@ -165,7 +165,9 @@ def load_model(
         if resolved.origin != "hub":
             _refuse_pickle(Path(resolved.path_or_hub_id))
         # NF4 and int8 exist for a GPU and for a CPU alike; everything goes to the one device of this process.
-        extra = {} if quantize == "none" else {"quantization_config": quantization(quantize, pick_dtype(dtype)), "device_map": {"": device()}}
+        extra = {}
+        if quantize in {"nf4", "int8"}:
+            extra = {"quantization_config": quantization(quantize, pick_dtype(dtype)), "device_map": {"": device()}}
         with _explained(resolved), quiet_transformers():
             model = auto.from_pretrained(
                 resolved.path_or_hub_id,
@@ -176,6 +178,10 @@ def load_model(
                 local_files_only=_local_only(resolved),
                 **extra,
             )
+        if quantize == "group4":
+            from slimtune.ports.group_quantised import quantise
+
+            quantise(model)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise FileError(

@@ -39,7 +39,7 @@ class SlimTrainer(Trainer):
         collate: rows to a batch of tensors.
         task: "causal_lm" or "classification".
         order: the order of the rows.
-        lr, weight_decay: of the optimiser.
+        lr, up_ratio, weight_decay: of the optimiser.
         keep: checkpoints to keep.
         measure: gives the figures on held-out rows; None without such rows.
         callbacks: as the Trainer's.
@@ -59,13 +59,14 @@ class SlimTrainer(Trainer):
         task: str,
         order: LengthGroupedSampler,
         lr: float,
+        up_ratio: float,
         weight_decay: float,
         keep: int,
         measure: Callable[[], Evaluation] | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         self.adapter, self.folder, self.task, self.order = adapter, folder, task, order
-        self.base_lr, self.decay, self.keep, self.measure = lr, weight_decay, keep, measure
+        self.base_lr, self.up_ratio, self.decay, self.keep, self.measure = lr, up_ratio, weight_decay, keep, measure
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
         self.logged = (0, 0.0)
         self.trained = model  # the Trainer's own `model` may be anything; this is the one with the adapter
@@ -90,7 +91,7 @@ class SlimTrainer(Trainer):
             if self.adapter is None:
                 groups = _full_groups(self.trained, self.base_lr, self.decay)
             else:
-                groups = st.param_groups(self.trained, lr=self.base_lr, weight_decay=self.decay)
+                groups = st.param_groups(self.trained, lr=self.base_lr, up_ratio=self.up_ratio, weight_decay=self.decay)
             kinds = {p.device.type for g in groups for p in g["params"]}
             self.optimizer = torch.optim.AdamW(groups, lr=self.base_lr, fused=kinds <= {"cpu", "cuda"})
         return self.optimizer

@@ -15,6 +15,7 @@ from slimtune.core.state import Adapter
 from slimtune.files.container import TensorFile
 
 PREFIX = "base_model.model."  # the reference's wrappers: everything of the user's model stands below it
+OUTSIDE = "base_model."  # what belongs to the method as a whole stands beside the user's model
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Place:
         method: registered name of the spec that builds the op.
         settings: `Op.settings()` at the time of saving.
         part: that spec's index in `Spec.parts`, None in files of others and for ops beside them.
+        entrance: path of the module whose input the op reads, "" for that of its own.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Place:
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     part: int | None = None
+    entrance: str = ""
 
     def __str__(self) -> str:
         return f"{self.path or '(the model)'}.{self.param}"
@@ -116,6 +119,10 @@ class Layout:
     def names(self, file: TensorFile) -> dict[str, str]:
         """Return names as the codecs know them -> names in the file."""
         return {name.removeprefix(PREFIX): name for name in file.entries}
+
+    def stored(self, name: str) -> str:
+        """Return the name in the file for a name that a codec gave: below the user's model, unless it says otherwise."""
+        return name if name.startswith(OUTSIDE) else PREFIX + name
 
     def prepare(self, places: list[Place], model: nn.Module) -> None:
         """Look at all places before the first op is translated, where names depend on more than one of them."""

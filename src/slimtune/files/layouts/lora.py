@@ -8,6 +8,7 @@
     experts            X.lora_A.weight [E r, a], rows expert by expert
                        X.lora_B.weight [b, r E], columns rank by rank; the last adapted parameter of a module stands at X, the one
                        before at X.base_layer, and so on
+    with a magnitude   X.lora_magnitude_vector [b], [1, b, 1, ...] of a convolution: a `DoRA` of a LoRA
     full modules, biases: see `full`
 
 A LoRA with a frozen start is written as a plain one of rank 2 r: [A; A0] and [B, -B0] with the same s.
@@ -18,29 +19,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import FormatError, MismatchError
+from slimtune.core.errors import MismatchError
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
 from slimtune.files.container import TensorFile
-from slimtune.files.layouts.base import PREFIX, Codec, Layout, Place, Taker, dotted
-from slimtune.files.layouts.full import BiasCodec, FullCodec
-from slimtune.files.layouts.lora_config import DEFAULTS, check_config
-from slimtune.files.layouts.lora_reading import KEY, all_there, drop_base_copies, kind_known, look_up, lora_places, other_places, spec_of
-from slimtune.files.layouts.patterns import (
-    shortest,
-    to_pattern,
-    to_targets,
-)  # fmt: skip
-from slimtune.files.layouts.reference import HEADS, about_model
+from slimtune.files.layouts.base import Codec, Place, Taker, dotted
+from slimtune.files.layouts.lora_config import FIELDS, check_lora
+from slimtune.files.layouts.lora_reading import KEY, lora_places, spec_of
+from slimtune.files.layouts.modular import ModularLayout
+from slimtune.files.layouts.patterns import to_pattern, to_targets
+from slimtune.files.layouts.reading import kind_known, look_up
 
 # Up to this version the reference adds the delta of an attention module's output projection twice (its pull request 3774), in training as well.
 # So this is what its files mean; ours hold half of B there, to mean the same.
@@ -109,107 +105,107 @@ def _split(A: Tensor, B: Tensor, experts: bool) -> dict[str, Tensor | None]:
     return {"A": A, "B": B, "A0": A0, "B0": -B0}
 
 
-class LoRALayout(Layout):
+class DoRACodec(LoRACodec):
+    """Names and shapes of a LoRA with a magnitude."""
+
+    def magnitude(self, place: Place) -> str:
+        return dotted(place.path, "lora_magnitude_vector")
+
+    def put(self, place: Place, op: Any, module: nn.Module, kind: Kind) -> dict[str, Tensor]:
+        m = op.m.detach()
+        return {**super().put(place, op.inner, module, kind), self.magnitude(place): kind.along_output(m, m)[None] if kind.name == "conv" else m}
+
+    def take(self, place: Place, op: Any, module: nn.Module, kind: Kind, file: Taker) -> dict[str, Tensor | None]:
+        inner = {f"inner.{k}": v for k, v in super().take(place, op.inner, module, kind, file).items()}
+        m = file.take(self.magnitude(place))
+        return {**inner, "m": m.flatten() if m is not None and m.dim() > 1 and m.numel() == max(m.shape) else m}
+
+
+class LoRALayout(ModularLayout):
     """peft_type LORA."""
 
     peft_type = "LORA"
-    methods = ("lora",)
+    methods = ("lora", "dora")
+    fields = FIELDS
+    key = KEY
+    kinds = ("linear", "conv", "embedding", "attention")
 
     def __init__(self) -> None:
+        super().__init__()
         self.depth: dict[tuple[str, str], int] = {}
-        self.wrapped: set[str] = set()
         self.twice = True
-
-    def names(self, file: TensorFile) -> dict[str, str]:
-        return clean_names(file)
 
     def prepare(self, places: list[Place], model: nn.Module) -> None:
         """Learn which ops share a module: nested names depend on it."""
-        loras = [p for p in places if p.method == "lora"]
-        self.wrapped = {p.path for p in loras}
+        super().prepare(places, model)
         of_path: dict[str, set[str]] = {}
-        for p in loras:
-            of_path.setdefault(p.path, set()).add(p.param)
+        for p in places:
+            if p.method in self.methods:
+                of_path.setdefault(p.path, set()).add(p.param)
         for path, params in of_path.items():
             order = [name for name in model.get_submodule(path)._parameters if name in params]
             self.depth.update({(path, name): i for i, name in enumerate(reversed(order))})
 
-    def codec(self, method: str) -> Codec:
-        if method == "dense":
-            return FullCodec()
-        return BiasCodec(self.wrapped) if method == "bitfit" else LoRACodec(self.depth, self.twice)
+    def op_codec(self, method: str) -> Codec:
+        return (DoRACodec if method == "dora" else LoRACodec)(self.depth, self.twice)
 
-    def problem(self, adapter: Adapter, model: nn.Module) -> str:
-        by_method = _paths(adapter)
-        if set(by_method) - {"lora", "dense", "bitfit"}:
-            return "it holds ops of other methods"
-        full, lora = by_method.get("dense", {}), by_method.get("lora", {})
-        if not lora:
-            return "it holds no LoRA"
-        if any(p == f or p.startswith(f"{f}.") for f in full for p in lora):
-            return "a module is trained in full and carries a LoRA, too"
+    def unfit(self, adapter: Adapter, ops: dict[str, Op]) -> str:
         if any(key.endswith("_proj_weight") and key != "in_proj_weight" for path, key in adapter.ops):
             return "it adapts separate attention projections"
-        paths = list(base_modules(model))
-        return "" if all(shortest(p, paths) for p in full) else "a fully trained module has no name of its own"
+        magnitudes: list[Any] = [op for op in ops.values() if op.method == "dora"]
+        if len(magnitudes) not in (0, len(ops)):
+            return "some of its LoRAs have a magnitude and some have none"
+        if any(op.inner.method not in {"", "lora"} or not hasattr(op.inner, "up_bias") for op in magnitudes):
+            return "it gives a magnitude to another method than LoRA"
+        if any(op.kind.name == "conv" and op.inner.A.shape[0] != op.inner.B.shape[1] for op in magnitudes):
+            return "the reference has no magnitude of a grouped convolution"
+        return ""
 
     # ---- writing ------------------------------------------------------------------------------------------------
-    def config(self, adapter: Adapter, model: nn.Module) -> dict[str, Any]:
-        spec: Any = adapter.spec
+    def where(self, wanted: Any, paths: Any) -> dict[str, Any]:
+        return {}  # experts are named apart: see `options`
+
+    def options(self, adapter: Adapter, model: nn.Module, ops: dict[str, Op]) -> dict[str, Any]:
         modules = base_modules(model)
-        by_method = _paths(adapter)
-        full, biases = by_method.get("dense", {}), by_method.get("bitfit", {})
-        ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if op.method == "lora"]
-        experts = [(path, op) for path, op in ops if op.kind.name == "experts"]
-        plain = {path for path, op in ops if op.kind.name != "experts"}
+        all_ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if op.method in self.methods]
+        experts = [(path, op) for path, op in all_ops if op.kind.name == "experts"]
+        plain = {path for path, op in all_ops if op.kind.name != "experts"}
+        dora = all_ops[0][1].method == "dora"
+        spec = lora_in(adapter.spec)
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
-        for path, op in ops:
+        for path, op in all_ops:
+            lora = op.inner if dora else op
             where = f"{path}.{op.param}" if op.kind.name == "experts" else path
-            r = op.r * (2 if op.A0 is not None else 1)
-            ranks[where], alphas[where] = r, _alpha(op.scale, r, spec.rank_stabilised)
+            r = lora.r * (2 if lora.A0 is not None else 1)
+            ranks[where], alphas[where] = r, _alpha(lora.scale, r, spec.rank_stabilised)
         r, alpha = _usual(ranks), _usual(alphas)
-        about = about_model(model)
-        heads = HEADS.get(about["task_type"] or "", set())
-        if any(part in heads for path in plain for part in path.split(".")):
-            about |= {"task_type": None}  # under this task the reference trains its head in full, and puts no LoRA there
         params = [f"{p}.{name}" for p, m in modules.items() for name in m._parameters]
         return {
-            **DEFAULTS,
-            **about,
-            "peft_type": "LORA",
-            "inference_mode": True,
             "r": r,
             "lora_alpha": alpha,
             "rank_pattern": to_pattern(ranks, r),
             "alpha_pattern": to_pattern(alphas, alpha),
             "use_rslora": spec.rank_stabilised,
+            "use_dora": dora,
             "lora_dropout": spec.dropout,
-            "lora_bias": any(op.up_bias is not None for _, op in ops),
-            "bias": "none" if not biases else "lora_only" if set(biases) <= plain else "all",
-            "fan_in_fan_out": any(type(modules[p]).__name__ == "Conv1D" for p in plain),
-            "modules_to_save": sorted(str(shortest(p, list(modules))) for p in full) or None,
+            "lora_bias": any((op.inner if dora else op).up_bias is not None for _, op in all_ops),
             **(to_targets(plain, list(modules)) if plain else {"target_modules": []}),
             "target_parameters": to_targets({f"{p}.{op.param}" for p, op in experts}, params)["target_modules"] if experts else None,
         }
 
     # ---- reading what the reference wrote -----------------------------------------------------------------------
-    def discover(self, config: dict[str, Any], file: TensorFile, model: nn.Module, relax: frozenset[str]) -> tuple[Spec, list[Place], Taker]:
-        check_config(config, file.path, relax)
+    def check(self, config: dict[str, Any], file: TensorFile, relax: frozenset[str]) -> None:
+        check_lora(config, file.path, relax)
         self.twice = _version(config["peft_version"]) <= TWICE
-        modules = base_modules(model)
-        taker = Taker(file, self.names(file))
-        drop_base_copies(taker, modules, config, relax)
-        places = lora_places(taker, modules, config)
-        spec = spec_of(config)
-        loras = {p.path for p in places}
-        places += other_places(taker, modules, config, loras)
-        self.prepare(places, model)
-        places = [replace(p, settings=self._settings(p, modules[p.path], taker, config, spec)) if p.method == "lora" else p for p in places]
-        all_there(config, modules, places, file, relax)
-        return spec, places, taker
 
-    def _settings(self, place: Place, module: nn.Module, taker: Taker, config: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    def places(self, taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any]) -> list[Place]:
+        return lora_places(taker, modules, config)
+
+    def recipe(self, config: dict[str, Any], places: list[Place], model: nn.Module) -> Spec:
+        return spec_of(config)
+
+    def settings(self, place: Place, module: nn.Module, taker: Taker, config: dict[str, Any], spec: Spec) -> dict[str, Any]:
         kind = kind_known(module)
         a, b, bias = LoRACodec(self.depth).names(place, kind)
         if a not in taker:
@@ -231,34 +227,14 @@ class LoRALayout(Layout):
         return {"r": r, "scale": scale, "frozen_start": False, "up_bias": bias in taker, "wide": wide}
 
 
-def clean_names(file: TensorFile) -> dict[str, str]:
-    """Return names without the reference's prefix and wrapper words -> names in the file."""
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in file.entries) else ""
-    out: dict[str, str] = {}
-    for name in file.entries:
-        short = name.removeprefix(prefix)
-        if not name.startswith(prefix):
-            raise FormatError(f"{name[:100]!r} does not start with {prefix!r} like the rest", where=str(file.path))
-        if ".original_module." in short:
-            continue  # a copy of the base that bias="all" drags along
-        alias = short.replace(".modules_to_save.", ".")
-        if alias.endswith("bias") and not KEY.fullmatch(alias):
-            alias = alias.replace("base_layer.", "")  # a bias of the base below a LoRA
-        if alias != short and prefix + alias in file.entries:
-            continue  # the same once more, for the same reason
-        out[alias] = name
-    return out
-
-
 def _version(text: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", str(text or "0"))[:3])
 
 
-def _paths(adapter: Adapter) -> dict[str, dict[str, Op]]:
-    found: dict[str, dict[str, Op]] = {}
-    for (path, _), op in adapter.ops.items():
-        found.setdefault(op.method, {})[path] = op
-    return found
+def lora_in(spec: Spec) -> Any:
+    """Return the LoRA inside a recipe: itself, a part of it, or what a DoRA gives a magnitude."""
+    found: Any = next(p for p in spec.parts() if p.method in {"lora", "dora"})
+    return found.of if found.method == "dora" else found
 
 
 def _alpha(scale: float, r: int, stabilised: bool) -> float:

@@ -53,14 +53,14 @@ def layer_number(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def to_targets(wanted: Collection[str], paths: Collection[str]) -> dict[str, Any]:
-    """Return `target_modules` and `layers_to_transform` that name just the `wanted` among the `paths` of all modules."""
+def to_targets(wanted: Collection[str], paths: Collection[str], layers: bool = True) -> dict[str, Any]:
+    """Return `target_modules` and, if `layers`, `layers_to_transform` that name just the `wanted` among the `paths` of all modules."""
     wanted, short = set(wanted), sorted({p.rpartition(".")[2] for p in wanted})
     named = named_by(short, paths)
     if named == wanted:
         return {"target_modules": short}
     numbers = {layer_number(p) for p in wanted}
-    if None not in numbers and {p for p in named if layer_number(p) in numbers} == wanted:
+    if layers and None not in numbers and {p for p in named if layer_number(p) in numbers} == wanted:
         return {"target_modules": short, "layers_to_transform": sorted(n for n in numbers if n is not None)}
     if named_by(wanted, paths) == wanted:
         return {"target_modules": sorted(wanted)}

@@ -10,15 +10,29 @@ from slimtune.core.errors import FormatError
 from slimtune.core.state import Adapter
 from slimtune.files.layouts.base import Layout
 from slimtune.files.layouts.generic import Generic
+from slimtune.files.layouts.ia3 import IA3Layout
+from slimtune.files.layouts.ln_tuning import LayerNormLayout
 from slimtune.files.layouts.lora import LoRALayout
+from slimtune.files.layouts.prefix import PrefixLayout
+from slimtune.files.layouts.trainable_tokens import TokensLayout
+from slimtune.files.layouts.vera import VeRALayout
 
-LAYOUTS: list[type[Layout]] = [LoRALayout]  # a method of the reference library adds its class here
+# A method of the reference library adds its class here.
+LAYOUTS: list[type[Layout]] = [
+    LoRALayout,
+    VeRALayout,
+    IA3Layout,
+    LayerNormLayout,
+    TokensLayout,
+    PrefixLayout,
+]
 
 
 def layout_for(adapter: Adapter, model: nn.Module) -> Layout:
     """Return the layout to write an adapter in: the reference's where it can hold it, else the generic one."""
+    methods = {part.method for part in adapter.spec.parts()}
     for cls in LAYOUTS:
-        if adapter.spec.method in cls.methods:
+        if methods & set(cls.methods):
             layout = cls()
             if not layout.problem(adapter, model):
                 return layout

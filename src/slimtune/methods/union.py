@@ -1,0 +1,76 @@
+"""Union: several methods under one name, trained, saved, used and merged as one adapter. Within a site they act in the order of the members.
+
+Each member keeps its own places and options; places given to the union itself are those of every member. Cost: the sum of the members'.
+Cannot: what one of its members cannot; it merges only if all of them do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimtune.core.errors import SpecError
+from slimtune.core.modifier import moved
+from slimtune.core.registry import register
+from slimtune.core.site import Site
+from slimtune.core.spec import Spec
+from slimtune.methods.bottleneck import Bottleneck
+from slimtune.methods.dense import Dense
+from slimtune.methods.lora import LoRA
+
+
+def usual() -> tuple[Spec, ...]:
+    return (LoRA(), Bottleneck())
+
+
+@register("union")
+@dataclass(frozen=True, kw_only=True)
+class Union(Spec):
+    """Several methods as one adapter.
+
+    Args:
+        of: the members; each is a spec of its own, a union too.
+        targets, layers, exclude: instead of those of the members; default: each keeps its own.
+        train_modules: trained in full beside the members, and beside what they name themselves.
+
+    Example:
+        >>> import slimtune as st
+        >>> [part.method for part in st.Union(of=(st.LoRA(r=4), st.IA3())).parts()]
+        ['lora', 'ia3']
+    """
+
+    targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
+    of: tuple[Spec, ...] = field(default_factory=usual)
+
+    def parts(self) -> tuple[Spec, ...]:
+        found: list[Spec] = []
+        places = replace(self, train_modules=())
+        members = [part for spec in self.of for part in moved(spec, places).parts()]
+        for part in [*members, *([Dense(targets=self.train_modules)] if self.train_modules else [])]:
+            if not (isinstance(part, Dense) and part in found):  # one head, whoever names it
+                found.append(part)
+        return tuple(found)
+
+    def problems(self) -> list[str]:
+        wrong = [] if self.of else ["of= is empty: a union has at least one member"]
+        for i, spec in enumerate(self.of):
+            try:
+                spec.validate()
+            except SpecError as error:
+                wrong.append(f"of[{i}] ({type(spec).__name__}): {error.what}")
+        return wrong
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return [site for part in self.parts() for site in part.sites(model)]
+
+    def expected_start(self, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        """Return what a model must give right after attaching: what the one member gives that does not start as the base itself."""
+        from slimtune.core.fold import first_tensor
+
+        for part in self.parts():
+            if hasattr(part, "expected_start"):
+                start: Tensor = part.expected_start(model, inputs)
+                return start
+        return first_tensor(model(*inputs))
