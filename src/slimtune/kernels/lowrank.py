@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.kernels.dropout import draw_seed, drop, kept
+from slimtune.kernels.dropout import draw_seed, drop, kept, masked
 from slimtune.kernels.recipe import recipe_of
 
 
@@ -59,14 +59,14 @@ class _LowRank(torch.autograd.Function):
             x = ctx.make(*made_of)
             x = x if x.dtype == g.dtype else x.to(g.dtype)
             if mask is not None:
-                x = (x * keep).mul_(mask)
+                x = masked(x * keep, mask)
             dA = torch.mm(dh.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)  # [r, n] @ [n, a]
         if need_x:
             a = A.to(g.dtype)
             if mask is None:
                 dx = torch.mm(flat, weight).addmm_(dh, a) if weight is not None else torch.mm(dh, a)
             else:
-                dx = torch.mm(dh, a).mul_(keep).mul_(mask.view(-1, mask.shape[-1]))
+                dx = masked(torch.mm(dh, a).mul_(keep), mask.view(-1, mask.shape[-1]))
                 if weight is not None:
                     dx.addmm_(flat, weight)
             dx = dx.view(ctx.shape).to(ctx.x_dtype)
