@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from slimtune.core.errors import SlimtuneError
     from slimtune.core.registry import methods, register
     from slimtune.core.spec import Spec
+    from slimtune.core.tasks import tasks
     from slimtune.files.adapter import load, save
     from slimtune.methods.bitfit import BitFit
     from slimtune.methods.bottleneck import Bottleneck
@@ -43,6 +44,7 @@ _HOME = {
     "slimtune.core.errors": ("SlimtuneError",),
     "slimtune.core.registry": ("register",),
     "slimtune.core.spec": ("Spec",),
+    "slimtune.core.tasks": ("tasks",),
     "slimtune.files.adapter": ("load", "save"),
     "slimtune.savers": ("lean", "unlean"),
     "slimtune.savers.trunk": ("cache_trunk",),
@@ -76,6 +78,7 @@ __all__ = [
     "register",
     "report",
     "save",
+    "tasks",
     "trainable",
     "unlean",
     "unmerge",

@@ -19,6 +19,8 @@ VARIANTS = {
     "up bias": st.LoRA(r=4, up_bias=True),
     "PiSSA": st.LoRA(r=4, init="pissa"),
     "OLoRA": st.LoRA(r=4, init="olora"),
+    "A frozen": st.LoRA(r=4, freeze="A"),
+    "means of 16": st.QALoRA(r=4, pool="mean", group=16),
     "per-module ranks": st.LoRA(r=4, rank_pattern={"body": 2}, alpha_pattern={"body": 5.0}),
     "adding biases": st.BitFit(missing="add"),
     "smooth": st.Bottleneck(reduction=8, nonlinearity="gelu", scale=0.5),

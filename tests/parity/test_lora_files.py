@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from pairs import bert, gpt2, llama, mixtral, ours_and_back, output, shake, t5, theirs_and_back, zoo
+from pairs import bert, gpt2, llama, mixtral, ours_and_back, output, shake, t5, theirs_and_back, unet, zoo
 
 import slimtune as st
 
@@ -43,6 +43,8 @@ THEIRS = {
     "modules_to_save that is embedding": (zoo, {"target_modules": ["q"], "modules_to_save": ["emb"]}),
     "sequence classification": (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "encoder-decoder": (t5, {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
+    "UNet": (unet, {"target_modules": ["to_q", "to_v", "conv1", "proj_in"]}),
+    "UNet, patterns": (unet, {"target_modules": ["to_q", "conv_in"], "rank_pattern": {"conv_in": 2}, "modules_to_save": ["conv_out"]}),
     "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "task_type": "CAUSAL_LM"}),
     "Conv1D in full": (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["c_fc"]}),
     "embedding": (zoo, {"target_modules": ["emb", "q"]}),
@@ -82,6 +84,7 @@ OURS = {
     "LoRA on the classifier": (bert, st.LoRA(r=4, targets=("q", "classifier"))),
     "T5": (t5, st.LoRA(r=4, targets="attention")),
     "Conv1D": (gpt2, st.LoRA(r=4)),
+    "UNet": (unet, st.LoRA(r=4, targets=("attention", "mlp", "conv_in"))),
     "Conv1D in full": (gpt2, st.LoRA(r=4, targets="qkv", train_modules=("mlp.c_proj",))),
     "embedding": (zoo, st.LoRA(r=4, targets=("embedding", "q"))),
     "convolutions": (zoo, st.LoRA(r=4, targets="conv")),
@@ -130,7 +133,6 @@ NOT_DONE = {
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "init_lora_weights": {"init_lora_weights": "corda"},
-    "use_qalora": {"use_qalora": True},
     "velora_config": {"velora_config": {"rank": 3}},
     "megatron_config": {"megatron_config": {"x": 1}},
     "wormhole": {"wormhole": True},

@@ -232,6 +232,14 @@ def test_old_and_new_configs(config: Any, tmp_path: Path) -> None:
     assert (output(model) - want).abs().max() < 1e-5
 
 
+def test_a_magnitude_under_its_longer_name(tmp_path: Path) -> None:
+    want = saved(dora(llama), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    rewrite(tmp_path, {f"{k}.weight" if k.endswith("magnitude_vector") else k: v for k, v in tensors.items()})
+    st.load(model := llama(), tmp_path)
+    assert (output(model) - want).abs().max() < 1e-5
+
+
 def test_a_norm_layout_with_other_modules_is_refused_by_name(tmp_path: Path) -> None:
     saved(ln(llama, target_modules=["norm", "q_proj"]), tmp_path)
     with pytest.raises(st.SlimtuneError, match=r"q_proj.*is no norm"):

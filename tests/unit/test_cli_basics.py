@@ -41,7 +41,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_is_there() -> None:
-    assert sorted(["init", "check", "train", "eval", "generate", "chat", "merge", "inspect", "methods", "demo"]) == COMMANDS
+    known = ["init", "check", "train", "eval", "generate", "chat", "merge", "inspect", "methods", "demo", "combine", "convert", "extract"]
+    assert sorted(known) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

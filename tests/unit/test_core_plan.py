@@ -249,7 +249,7 @@ def test_generate_rows_equal_each_row_alone(kind: str, how: dict[str, object]) -
     model = adapted("a", "b", model=getattr(tiny, kind)())
     plan = ["a", None, {"a": 0.5, "b": 0.5}, "b"]
     inputs = prompts(kind)
-    options = {"max_new_tokens": 5, "do_sample": False} | how
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | how
     with st.use(model, rows=plan):
         mixed = model.generate(**inputs, **options)
     k = int(how.get("num_return_sequences", 1))

@@ -10,21 +10,29 @@ import slimtune as st
 from slimtune.core.errors import SpecError, TargetError
 from slimtune.core.targets import candidates, find_modules, heads, kind_of, matches
 from slimtune.testing import zoo as tiny
+from slimtune.testing.zoo import VOCAB
 
 LINEAR = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 BERT = {"q": {"query"}, "k": {"key"}, "v": {"value"}, "o": {"attention.output.dense"}, "up": {"intermediate.dense"}, "down": {"output.dense"}}
 BART = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"out_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"lm_head"}}
 FUSED = {"qkv": {"query_key_value"}, "o": {"self_attention.dense"}, "up": {"dense_h_to_4h"}, "down": {"dense_4h_to_h"}, "head": {"lm_head"}}
+LLAMA = {
+    "q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "gate": {"gate_proj"}, "up": {"up_proj"}, "down": {"down_proj"},
+    "head": {"lm_head"},
+}  # fmt: skip
+VIT = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"classifier"}}
+DIFFUSION = {"q": {"to_q"}, "k": {"to_k"}, "v": {"to_v"}, "o": {"to_out.0"}, "up": {"ff.net.0.proj"}, "down": {"ff.net.2"}}
 MEANT = {  # the ends of the paths each role must match; a role that is not named must match nothing
-    "llama": {
-        "q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "gate": {"gate_proj"}, "up": {"up_proj"}, "down": {"down_proj"},
-        "head": {"lm_head"},
-    },
+    "llama": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3": LLAMA,
+    "mistral": LLAMA,
     "mixtral": {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "head": {"lm_head"}, "experts": {"mlp.experts"}},
     "gpt2": {"qkv": {"c_attn"}, "o": {"attn.c_proj"}, "up": {"c_fc"}, "down": {"mlp.c_proj"}, "head": {"lm_head"}},
     "bloom": FUSED,
     "falcon": FUSED,
     "bert": BERT | {"head": {"classifier"}},
+    "roberta": BERT | {"head": {"classifier.dense", "classifier.out_proj"}},
     "distilbert": {
         "q": {"q_lin"}, "k": {"k_lin"}, "v": {"v_lin"}, "o": {"out_lin"}, "up": {"lin1"}, "down": {"lin2"},
         "head": {"classifier", "pre_classifier"},
@@ -36,8 +44,20 @@ MEANT = {  # the ends of the paths each role must match; a role that is not name
         "down": {"DenseReluDense.wo"}, "head": {"lm_head"},
     },
     "bart": BART,
-    "vit": {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"classifier"}},
+    "vit": VIT,
+    "dinov2": VIT,
     "whisper": BART | {"head": {"proj_out"}},
+    "clip": {role: ends for role, ends in BART.items() if role != "head"},
+    "wav2vec2": BART | {"up": {"intermediate_dense"}, "down": {"output_dense"}},
+    "llava": LLAMA | {"o": {"o_proj", "out_proj"}, "up": {"up_proj", "fc1"}, "down": {"down_proj", "fc2"}},
+    "unet": DIFFUSION,
+    "dit": DIFFUSION | {"head": {"proj_out_2"}},
+    "flux": {
+        "q": {"to_q", "add_q_proj"}, "k": {"to_k", "add_k_proj"}, "v": {"to_v", "add_v_proj"}, "o": {"to_out.0", "to_add_out"},
+        "up": {"ff.net.0.proj", "ff_context.net.0.proj", "proj_mlp"}, "down": {"ff.net.2", "ff_context.net.2", "blocks.0.proj_out"},
+        "head": {"proj_out"},
+    },
+    "vae": {role: DIFFUSION[role] for role in ("q", "k", "v", "o")},
 }  # fmt: skip
 
 
@@ -66,7 +86,8 @@ def test_roles(name: str) -> None:
     routers = {p for p in every if "router" in p or p.endswith("mlp.gate")}
     assert linears(model, "all-linear") == every - linears(model, "head") - routers
     stray = linears(model, "all-linear") - covered
-    assert all(re.search(r"pooler|pos_(key|query)_proj", p) for p in stray), f"linear layers without a role: {stray}"
+    known = r"pooler|pos_(key|query)_proj|projection|projector|linear_[12]$|time_emb_proj|norm.*\.linear$|_embedder$|proj_out_1"
+    assert all(re.search(known, p) for p in stray), f"linear layers without a role: {stray}"
 
 
 @pytest.mark.parametrize("name", MEANT)
@@ -74,10 +95,12 @@ def test_norms_and_embeddings(name: str) -> None:
     model = getattr(tiny, name)()
     out = heads(model)
     norms = {p for p, m in model.named_modules() if "norm" in type(m).__name__.lower() and list(m.parameters(recurse=False)) and p not in out}
-    assert norms == {p for p, m in candidates(model).items() if matches("norm", p, m, out)}
-    words = model.get_input_embeddings()
-    if isinstance(words, nn.Embedding):
-        assert matches("embedding", "", words, set())
+    assert norms == {p for p, m in candidates(model).items() if matches("norm", p, m, out) and kind_of(m).names(m)}
+    tables = {p: m for p, m in candidates(model).items() if matches("embedding", p, m, out)}
+    if name not in {"clip", "wav2vec2", "unet", "dit", "flux", "vae"}:  # they do not tell, or have none
+        words = model.get_input_embeddings()
+        assert any(m is words for m in tables.values()) or not isinstance(words, nn.Embedding)
+    assert all(m.num_embeddings >= VOCAB or "class_embedder" in p for p, m in tables.items()), f"these are no tables of tokens: {list(tables)}"
 
 
 def test_gated_t5() -> None:
@@ -161,6 +184,35 @@ def test_dead_patterns(targets: object, what: str, hint: str) -> None:
     assert what in error.value.what
     assert hint in error.value.hint
     assert "slim_state" not in model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "what"),
+    [
+        ("vit", st.LoRA(targets="embedding"), "this ViTForImageClassification has no table of token embeddings"),
+        ("vae", st.Bottleneck(), "this AutoencoderKL has no last layer of a feed-forward known by its name"),
+        ("clip", st.Dense(), "this CLIPModel has no output head known by its name"),
+        ("dit", st.LayerNormTuning(), "names only modules that cannot carry this op: a LayerNorm without a weight of its own"),
+        ("mlp", st.IA3(), "this Sequential has no key projection known by its name"),
+        ("TinyText", st.VeRA(), "does not fit 4 of 8 sites: VeRA's shared matrices fit linear layers only"),
+    ],
+)
+def test_a_method_without_a_place_says_why(name: str, spec: st.Spec, what: str) -> None:
+    model = getattr(tiny, name)()
+    with pytest.raises((SpecError, TargetError)) as error:
+        st.attach(model, spec)
+    assert what in error.value.what
+    assert error.value.hint
+    assert "slim_state" not in model.__dict__
+
+
+def test_heads_of_models_that_do_not_tell() -> None:
+    assert heads(tiny.unet()) == {"conv_out"}
+    assert heads(tiny.flux()) == {"proj_out"}
+    assert heads(tiny.vae()) == {"decoder.conv_out"}
+    assert heads(tiny.TinyText()) == {"classifier"}
+    assert heads(nn.Sequential(nn.Linear(2, 2))) == set()
+    assert heads(tiny.llama("LlamaModel")) == set(), "a body has no head"
 
 
 def test_the_model_itself_can_be_a_site() -> None:

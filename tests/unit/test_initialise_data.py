@@ -244,7 +244,7 @@ def test_refusals() -> None:
         (st.LoRA(init="lora_ga"), batches(labels=False), "from a loss"),
         (st.LoRA(r=16, init="eva"), batches(1, rows=1), "EVA needs"),
         (st.LoRA(r=20, init="lora_ga"), batches(), "takes 40 directions"),
-        (st.LoRA(init="eva", targets="embed_tokens"), batches(), "which a embedding is not"),
+        (st.LoRA(init="eva", targets="embed_tokens"), batches(), "which an embedding is not"),
     ]
     for spec, data, words in cases:
         model = llama()

@@ -116,3 +116,19 @@ def test_bitfit_defaults() -> None:
         st.attach(nn.Sequential(nn.ReLU()), st.BitFit())
     with pytest.raises(st.SlimtuneError, match="matches no module"):
         st.attach(nn.Sequential(nn.Linear(4, 4)), st.BitFit(targets=("norm",)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8, elementwise_affine=False), nn.RMSNorm(8, elementwise_affine=False)], ids=["LayerNorm", "RMSNorm"])
+def test_a_norm_without_a_gain_can_carry_output_ops(norm: nn.Module) -> None:
+    """As in diffusion transformers, whose gains are computed from the time."""
+    model = nn.Sequential(nn.Linear(8, 8), norm)
+    st.attach(model, st.Bottleneck(targets="1", reduction=2))
+    with torch.no_grad():
+        for p in model.slim_state.adapters["default"].parameters():  # type: ignore[union-attr]
+            nn.init.normal_(p)
+    x = torch.randn(3, 8)
+    with st.disabled(model):
+        base = model(x)
+    assert not torch.allclose(model(x), base)
+    with pytest.raises(st.SlimtuneError, match="without a weight of its own"):
+        st.attach(model, st.LayerNormTuning(targets="1"), name="b")

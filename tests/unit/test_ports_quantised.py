@@ -165,7 +165,7 @@ def test_bias_alone_merges() -> None:
 def test_report_counts_weights_not_bytes() -> None:
     for kind in KINDS:
         model, plain = build(kind)
-        assert true_numel(model[0].weight) == plain.weight.numel()
+        assert true_numel(model[0].weight, model[0]) == plain.weight.numel()
         report = st.attach(model, st.LoRA(r=4, targets=("0",)))
         assert report.total == sum(p.numel() for p in plain.parameters()) + 64 * 8 + 8 + 4 * (128 + 64)
 

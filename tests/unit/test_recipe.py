@@ -68,6 +68,39 @@ def test_the_prefix_names_an_option_too(folder: Path) -> None:
     assert load_recipe(write(folder, "method_r: 3\n")).options == {"r": 3}
 
 
+def test_a_recipe_may_name_a_union(folder: Path) -> None:
+    text = (
+        "method: union\nof:\n  - method: lora\n    r: 4\n    targets: [q_proj, v_proj]\n  - {method: gated, of: {method: ia3}}\n"
+        "  - bottleneck\nlayers: last:2\n"
+    )
+    recipe = load_recipe(write(folder, text))
+    spec = build_spec(recipe, "causal_lm")
+    assert str(spec) == "Union(layers='last:2', of=(LoRA(targets=('q_proj', 'v_proj'), r=4), Gated(of=IA3()), Bottleneck()))"
+    again = load_recipe(write(folder, recipe.dump().split("# --- method ---")[1].split("# --- data ---")[0], "again.yaml"))
+    assert build_spec(again, "causal_lm") == spec
+    head = build_spec(recipe, "classification")
+    assert head is not None
+    assert [part.method for part in head.parts()] == ["lora", "gated", "bottleneck", "dense"]
+    mam = build_spec(load_recipe(write(folder, "method: mam\n")), "causal_lm")
+    assert mam is not None
+    assert [part.method for part in mam.parts()] == ["prefix_tuning", "parallel"]
+
+
+def test_problems_inside_a_union_have_its_line(folder: Path) -> None:
+    text = "method: union\nof:\n  - {method: lora, r: 0}\n  - {method: lorra}\n"
+    (only,) = problems(write(folder, text))
+    assert only.startswith("line 4: of: ")
+    assert "r must be at least 1" in only
+    (only,) = problems(write(folder, "method: union\nof: [{method: lora, rank: 3}]\n"))
+    assert "'rank' is not an option of lora" in only
+    (only,) = problems(write(folder, "method: union\nof: []\n"))
+    assert "is empty" in only
+    (only,) = problems(write(folder, "method: union\nof: [3]\n"))
+    assert only.startswith("line 4: of must be tuple[Spec, ...]")
+    (only,) = problems(write(folder, "method: dora\nof: {method: lora, r: x}\n"))
+    assert only.startswith("line 4: of: ")
+
+
 def test_overrides_win_and_an_empty_one_means_the_default(folder: Path) -> None:
     recipe = load_recipe(write(folder, "lr: 1e-3\nr: 4\nbatch_size: 2\n"), ["lr=2e-4", "r=", "batch_size="])
     assert (recipe.lr, recipe.options, recipe.batch_size) == (2e-4, {}, 8)
@@ -111,7 +144,8 @@ def test_an_unknown_key_gets_the_nearest_name(folder: Path) -> None:
 
 def test_an_option_of_another_method_says_whose_it_is(folder: Path) -> None:
     (found,) = problems(write(folder, "method: bitfit\nalpha: 3\n"))
-    assert "option of lora" in found
+    assert "is an option of" in found
+    assert " lora" in found
     assert "bitfit does not take it" in found
 
 

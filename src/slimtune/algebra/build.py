@@ -33,12 +33,12 @@ class Outcome(Report):
     """The report of a computed adapter.
 
     Attributes:
-        ranks: weight -> rank of its LoRA.
+        chosen: weight -> rank of its LoRA.
         errors: weight -> relative Frobenius error of what stands for its change (0: exact).
         error: the same over all weights together.
     """
 
-    ranks: dict[str, int] = field(default_factory=dict)
+    chosen: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
 
@@ -47,13 +47,17 @@ class Outcome(Report):
         """The largest error of any weight."""
         return max(self.errors.values(), default=0.0)
 
+    def ranks(self) -> dict[str, int]:
+        """Return weight -> rank of its LoRA."""
+        return self.chosen
+
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "ranks": self.ranks, "errors": self.errors, "error": self.error}
+        return {**super().to_dict(), "ranks": self.chosen, "errors": self.errors, "error": self.error}
 
     def __str__(self) -> str:
         lines = [super().__str__()]
-        if self.ranks:
-            counts = sorted(Counter(self.ranks.values()).items())
+        if self.chosen:
+            counts = sorted(Counter(self.chosen.values()).items())
             lines.append("  rank: " + ", ".join(f"{r} ({n} weights)" for r, n in counts[:12]) + (", ..." if len(counts) > 12 else ""))
         if self.worst > 0:
             worst = max(self.errors, key=lambda at: self.errors[at])
@@ -134,7 +138,7 @@ class Builder:
         report = make_report(self.model, adapter, notes)
         return Outcome(
             **{f.name: getattr(report, f.name) for f in fields(Report)},
-            ranks={label(change.site): short.r for change, short in self.short},
+            chosen={label(change.site): short.r for change, short in self.short},
             errors=dict(self.errors),
             error=lost / total if total else 0.0,
         )

@@ -140,7 +140,7 @@ def change_of(site: Site, ops: Sequence[Op]) -> Change:
     """Return what ops, one after the other, do to a weight."""
     movers: list[Any] = [op for op in ops if hasattr(op, "weight")]
     with torch.no_grad():
-        if all(isinstance(op, Additive) and type(op).weight is Additive.weight for op in movers):
+        if all(isinstance(op, Additive) for op in movers):
             return _sum_of_deltas(site, movers, _bias_of(site, ops))
         return _difference(site, ops)
 

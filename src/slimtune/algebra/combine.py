@@ -80,7 +80,7 @@ def combine(
         >>> import slimtune as st, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> reports = [st.attach(model, st.LoRA(r=r), name=name) for name, r in (("a", 2), ("b", 3))]
-        >>> st.combine(model, {"a": 0.5, "b": 0.5}, name="mix").ranks
+        >>> st.combine(model, {"a": 0.5, "b": 0.5}, name="mix").ranks()
         {'0': 5}
     """
     model = unwrap(model)
@@ -139,7 +139,7 @@ def reduce(
         CapabilityError, SpecError, NoSuchAdapter, NameInUse, MergeError: see `combine`.
 
     Example:
-        >>> st.reduce(model, "support", energy=0.95, name="small").ranks  # doctest: +SKIP
+        >>> st.reduce(model, "support", energy=0.95, name="small").ranks()  # doctest: +SKIP
     """
     if r is None and energy is None:
         raise SpecError("reduce needs the new rank", hint="r=4, or energy=0.95 to have it found for every module")

@@ -57,7 +57,7 @@ def convert(
         >>> import slimtune as st, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = st.attach(model, st.IA3(targets=("0",), feedforward=()), name="ia3")
-        >>> st.convert(model, "ia3", to=st.LoRA(r=8), name="as_lora").ranks
+        >>> st.convert(model, "ia3", to=st.LoRA(r=8), name="as_lora").ranks()
         {'0': 8}
     """
     model = unwrap(model)

@@ -45,6 +45,7 @@ def combine_closed(model: nn.Module, weighted: Weighted, builder: Builder, pruni
     """Hand the ops of the sum to a builder and return their recipe; `closed` must hold."""
     spec = _recipe(model, [adapter for adapter, _ in weighted])
     known = len(spec.parts())
+    made: dict[int, Any] = {}  # what was copied: ops that share tensors go on sharing them
     for path, param in places(model, [adapter for adapter, _ in weighted]):
         keys: dict[str, tuple[str, list[tuple[Op, float, str]]]] = {}
         for adapter, w in weighted:
@@ -52,15 +53,16 @@ def combine_closed(model: nn.Module, weighted: Weighted, builder: Builder, pruni
                 if p == path and op.param == param:
                     keys.setdefault(_sort(op), (key, []))[1].append((op, w, adapter.name))
         for key, terms in keys.values():
-            op = _sum(terms, f"{path} {param}", pruning)
+            op = _sum(terms, f"{path} {param}", pruning, made)
             op.part = op.part if op.part is not None and op.part < known else None
             builder.keep(replace(site_at(model, path, param), port=op.port), key.rstrip("+"), op)
     return spec
 
 
-def _sum(terms: Sequence[tuple[Op, float, str]], at: str, pruning: Pruning | None) -> Op:
+def _sum(terms: Sequence[tuple[Op, float, str]], at: str, pruning: Pruning | None, made: dict[int, Any]) -> Op:
     first = terms[0][0]
-    new = copy.deepcopy(first, {id(first.kind): first.kind})
+    made[id(first.kind)] = first.kind
+    new = copy.deepcopy(first, made)
     with torch.no_grad():
         for name, start in first.linear_in.items():
             held = getattr(new, name)
@@ -95,18 +97,23 @@ def _alike(ops: Sequence[Op]) -> bool:
     first = ops[0]
     if not first.linear_in or not {name for name, _ in first.tensors()} <= set(first.linear_in):
         return False
-    mine = _tensors(first)
     for op in ops[1:]:
-        theirs = _tensors(op)
-        if op.settings() != first.settings() or {k: t.shape for k, t in mine.items()} != {k: t.shape for k, t in theirs.items()}:
+        if op.settings() != first.settings() or _shapes(op) != _shapes(first):
             return False
-        if not all(torch.equal(mine[k], theirs[k]) for k in mine if k not in first.linear_in):
+        mine, theirs = _constants(first), _constants(op)
+        if set(mine) != set(theirs) or not all(torch.equal(mine[k], theirs[k]) for k in mine):
             return False
     return True
 
 
-def _tensors(op: Op) -> dict[str, Tensor]:
-    return dict(op.named_parameters()) | dict(op.named_buffers())
+def _shapes(op: Op) -> dict[str, Any]:
+    return {name: None if (t := getattr(op, name)) is None else t.shape for name in op.linear_in}
+
+
+def _constants(op: Op) -> dict[str, Tensor]:
+    """Return the tensors of an op in which its change is not linear."""
+    linear = {id(getattr(op, name)) for name in op.linear_in}
+    return {name: t for name, t in (*op.named_parameters(), *op.named_buffers()) if id(t) not in linear}
 
 
 def _recipe(model: nn.Module, adapters: Sequence[Adapter]) -> Spec:

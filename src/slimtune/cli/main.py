@@ -36,6 +36,8 @@ RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a Y
 OverridesArg = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file.", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)]
 
+ModelOption = Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter names.", show_default=False)]
+
 
 def _example(*lines: str) -> str:
     return "\n\n".join(["Example:", *(f"[bold]{line}[/bold]" for line in lines)])
@@ -107,6 +109,53 @@ def chat(run: RunArg) -> None:
 def merge(run: RunArg, out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the merged model.", show_default=False)]) -> None:
     """Fold the adapter into the model and write a plain transformers checkpoint."""
     _run("merge", str(run), out)
+
+
+@app.command(
+    epilog=_example(
+        "slimtune combine out/a=0.5 out/b=0.5 --out out/both",
+        "slimtune combine out/a out/b --how ties --density 0.3 -r 16 --out out/merged",
+        "slimtune combine out/all=1 out/rude=-1 --out out/polite",
+    )
+)
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER=WEIGHT", help="Adapters with their weights; 1 where none is given.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The folder of the new adapter.", show_default=False)],
+    how: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of these with _svd.")] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share of entries that stay, where how prunes.")] = None,
+    r: Annotated[int | None, typer.Option("-r", "--r", help="Largest rank, where how has one.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of -r: the share of the squared norm to keep.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Keep the exact result, as large as the weights.")] = False,
+    model: ModelOption = None,
+) -> None:
+    """Make one adapter out of several: sums, differences, TIES, DARE."""
+    _run("combine", adapters, out, how, density, r, energy, dense, model)
+
+
+@app.command(epilog=_example("slimtune convert out/ia3 -r 8 --out out/as_lora", "slimtune convert runs/reviews --energy 0.95 --out out/small"))
+def convert(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or that of its run.", show_default=False)],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The folder of the new adapter.", show_default=False)],
+    r: Annotated[int | None, typer.Option("-r", "--r", help="Its rank.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of -r: the share of the squared norm to keep.")] = None,
+    model: ModelOption = None,
+) -> None:
+    """Turn an adapter of any method that merges into a LoRA, or a LoRA into one of lower rank."""
+    _run("convert", adapter, out, r, energy, model)
+
+
+@app.command(epilog=_example("slimtune extract HuggingFaceTB/SmolLM2-135M full out/lora -r 16", "slimtune extract base tuned out/lora --energy 0.9"))
+def extract(
+    base: Annotated[str, typer.Argument(help="The model that was fine-tuned: as in a recipe.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="The folder of the fine-tuned checkpoint.", show_default=False)],
+    out: Annotated[str, typer.Argument(help="The folder of the new adapter.", show_default=False)],
+    r: Annotated[int | None, typer.Option("-r", "--r", help="Its rank.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of -r: the share of the squared norm to keep.")] = None,
+    targets: Annotated[str, typer.Option(help="Where it goes, names with commas between.")] = "all-linear",
+    leave_rest: Annotated[bool, typer.Option("--leave-rest", help="Leave out what else has changed: norms, embeddings, heads.")] = False,
+) -> None:
+    """Make an adapter of what full fine-tuning has changed."""
+    _run("extract", base, tuned, out, r, energy, targets, leave_rest)
 
 
 @app.command(epilog=_example("slimtune inspect data reviews.yaml", "slimtune inspect runs/reviews/adapter"))

@@ -20,6 +20,7 @@ def run(name: str | None) -> None:
     from rich.table import Table
 
     from slimtune.core.registry import methods, spec_class
+    from slimtune.core.spec import Spec, default_of
     from slimtune.train.method_options import written_as
 
     console = Console(highlight=False)
@@ -40,7 +41,9 @@ def run(name: str | None) -> None:
         table.add_column(heading, overflow="fold")
     meanings = argument_texts(cls)
     for field in dataclasses.fields(cls):
-        cells = (str(field.type), repr(field.default), meanings.get(field.name, ""))
+        default = default_of(field)
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) and default and isinstance(default[0], Spec) else default
+        cells = (str(field.type), str(shown) if isinstance(default, Spec) or shown is not default else repr(default), meanings.get(field.name, ""))
         table.add_row(f"[bold]{written_as(field.name)}[/]", *map(escape, cells))
     console.print()
     console.print(table)
@@ -68,7 +71,7 @@ def argument_texts(cls: type) -> dict[str, str]:
                 in_args, names = False, []
             elif in_args and ": " in text and all(part.strip().isidentifier() for part in text.split(": ")[0].split(",")):
                 names = [part.strip() for part in text.split(": ")[0].split(",")]
-                if "see `Spec`" in text:  # the base class has said it already
+                if ": see `" in text:  # the base class has said it already
                     names = []
                 found |= dict.fromkeys(names, text.split(": ", 1)[1])
             elif in_args:

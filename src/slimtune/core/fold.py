@@ -41,28 +41,79 @@ def entering(host: nn.Module, x: Tensor, chain: Chain) -> tuple[list[Tensor], Te
 def leaving(host: nn.Module, seen: list[Tensor], y: Tensor, chain: Chain, far: Far = None) -> Tensor:
     """Fold the links over the base's output y."""
     for i, (x, link) in enumerate(zip(seen, chain, strict=True)):
-        if len(link) == 1 and link[0][1] is None:
-            op = link[0][0]
-            if hasattr(op, "turn"):
-                y = op.turn(x, y, host, chain[:i])  # type: ignore[operator]
-            elif hasattr(op, "run"):
-                y = op.add(_input(op, x, y, host, far), y, host, None)
-        else:
-            if any(hasattr(op, "turn") for op, _ in link):
-                raise no_sum(next(op for op, _ in link if hasattr(op, "turn")), host)
-            # Ops that read y see it as it was before this link, so they go before those that accumulate into it.
-            readers = []
-            for op, w in link:
-                if isinstance(op, Series):
-                    readers.append(w * op.change(x, y, host, far))
-                elif hasattr(op, "run") and not hasattr(op, "delta"):
-                    readers.append(w * op.run(_input(op, x, y, host, far), y, host))  # type: ignore[operator]
-            for d in readers:
-                y = y + d.to(y.dtype)
-            for op, w in link:
-                if hasattr(op, "delta"):
-                    y = op.add(_input(op, x, y, host, far), y, host, w)
+        y = _leave(host, x, y, link, chain[:i], far)
     return y
+
+
+def _leave(host: nn.Module, x: Tensor, y: Tensor, link: Link, before: Chain, far: Far) -> Tensor:
+    """Fold one link over y, the output for the input that the link sees as x, changed by its ops."""
+    if len(link) == 1 and link[0][1] is None:
+        op = link[0][0]
+        if hasattr(op, "turn"):
+            return op.turn(x, y, host, before)  # type: ignore[no-any-return, operator]
+        return op.add(_input(op, x, y, host, far), y, host, None) if hasattr(op, "run") else y
+    if any(hasattr(op, "turn") for op, _ in link):
+        raise no_sum(next(op for op, _ in link if hasattr(op, "turn")), host)
+    # Ops that read y see it as it was before this link, so they go before those that accumulate into it.
+    changes = []
+    for op, w in link:
+        if reads(op):
+            changes.append(_times(w, _change(op, x, y, host, far)))
+    for d in changes:
+        y = y + d.to(y.dtype)
+    for op, w in link:
+        if hasattr(op, "delta"):
+            y = op.add(_input(op, x, y, host, far), y, host, w)
+    return y
+
+
+def reads(op: Op | Series) -> bool:
+    """Tell whether an op makes its contribution from the output it finds."""
+    return isinstance(op, Series) or (hasattr(op, "run") and not hasattr(op, "delta"))
+
+
+def _change(op: Op | Series, x: Tensor, y: Tensor, host: nn.Module, far: Far) -> Tensor:
+    if isinstance(op, Series):
+        return op.change(x, y, host, far)
+    return op.run(_input(op, x, y, host, far), y, host)  # type: ignore[no-any-return, operator]
+
+
+def tangled(chain: Chain) -> bool:
+    """Tell whether a weighted sum holds both ops that change the input and ops that read the output.
+
+    In terms of weights each member of a sum changes the same W. So what reads the output must find it as its own adapter makes it, not as
+    the others have changed it by way of the input.
+    """
+    sums = [link for link in chain if link[0][1] is not None]
+    return any(any(hasattr(op, "enter") for op, _ in link) and any(reads(op) for op, _ in link) for link in sums)
+
+
+def through(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain, far: Far) -> Any:
+    """Run a tangled chain link by link: in a tangled link the base runs once more for each member that changes the input."""
+    if not chain:
+        return base(x)
+    link, before = chain[-1], chain[:-1]
+    if not tangled([link]):
+        seen, entered = entering(host, x, [link])
+        out = through(host, base, entered, before, far)
+        return replace_first(out, _leave(host, seen[0], first_tensor(out), link, before, far))
+    out = through(host, base, x, before, far)
+    y0 = first_tensor(out)
+    y = y0.clone()  # a fused op may write into it
+    for op, w in link:
+        own = first_tensor(through(host, base, op.enter(x, host), before, far)) if hasattr(op, "enter") else y0  # type: ignore[operator]
+        if own is not y0:
+            y = y + _times(w, own - y0).to(y.dtype)
+        if reads(op):
+            y = y + _times(w, _change(op, x, own, host, far)).to(y.dtype)
+    for op, w in link:
+        if hasattr(op, "delta"):
+            y = op.add(_input(op, x, y, host, far), y, host, w)
+    return replace_first(out, y)
+
+
+def _times(w: Tensor | None, d: Tensor) -> Tensor:
+    return d if w is None else w * d
 
 
 def _input(op: Op, x: Tensor, y: Tensor, host: nn.Module, far: Far) -> Tensor:
@@ -123,8 +174,18 @@ def entries(ops: list[Op], w: Tensor | None) -> Link:
 
 def narrow(chain: Chain, keep: Callable[[Op], bool]) -> Chain:
     """Return the part of a chain whose ops are to be kept."""
-    found = [[e for op, w in link if (kept := [o for o in members(op) if keep(o)]) for e in entries(kept, w)] for link in chain]
-    return [link for link in found if link]
+    found: Chain = []
+    for link in chain:  # plain loops: this is compiled
+        part: Link = []
+        for op, w in link:
+            kept = []
+            for member in members(op):
+                if keep(member):
+                    kept.append(member)
+            part += entries(kept, w)
+        if part:
+            found.append(part)
+    return found
 
 
 def no_sum(op: Op, host: nn.Module) -> CapabilityError:
@@ -137,6 +198,8 @@ def no_sum(op: Op, host: nn.Module) -> CapabilityError:
 
 def fold(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain, far: Far = None) -> Any:
     """Run the whole batch through one chain."""
+    if tangled(chain):
+        return through(host, base, x, chain, far)
     seen, entered = entering(host, x, chain)
     out = base(entered)
     if isinstance(out, Tensor):
@@ -146,19 +209,25 @@ def fold(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, chain: Chain
 
 def fold_rows(host: nn.Module, base: Callable[[Tensor], Any], x: Tensor, parts: list[Part], dim: int, far: Far = None) -> Any:
     """Run each part of the rows through its own chain; the base runs once for all of them."""
-    prepared = []
+    prepared: list[tuple[slice | Tensor, list[Tensor] | None, Tensor, Chain]] = []
     changed = x
     for rows, chain in parts:
         xs = take(x, rows, dim)
+        if tangled(chain):
+            prepared.append((rows, None, xs, chain))
+            continue
         seen, entered = entering(host, xs, chain)
         if entered is not xs:
             changed = put(changed, rows, entered, dim)
-        prepared.append((rows, seen, chain))
+        prepared.append((rows, seen, xs, chain))
     out = base(changed)
     y = first_tensor(out)
-    for rows, seen, chain in prepared:
+    for rows, links, xs, chain in prepared:
         near = None if far is None else {path: None if t is None else take(t, rows, dim) for path, t in far.items()}
-        y = put(y, rows, leaving(host, seen, take(y, rows, dim), chain, near), dim)
+        if links is None:
+            y = put(y, rows, first_tensor(through(host, base, xs, chain, near)), dim)
+        else:
+            y = put(y, rows, leaving(host, links, take(y, rows, dim), chain, near), dim)
     return y if isinstance(out, Tensor) else replace_first(out, y)
 
 

@@ -132,7 +132,8 @@ class Rooted:
         tokens = cached_tokens(self, plan) if prompting(self.slim_state, plan) else 0  # type: ignore[arg-type]
         if tokens:
             given = model_kwargs.get("past_key_values")
-            check_generation(self, tokens, generation_mode, given, max_cache_length + tokens)  # type: ignore[arg-type]
+            chunk = generation_config.prefill_chunk_size
+            check_generation(self, tokens, generation_mode, chunk, given, max_cache_length + tokens)  # type: ignore[arg-type]
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + tokens, **kwargs
         )

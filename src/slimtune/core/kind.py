@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from slimtune.core.fold import Chain, fold, fold_rows
 from slimtune.core.plan import Plan
 
+NOUNS = {
+    "linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding", "attention": "an attention", "experts": "a block of experts",
+    "attention layer": "an attention layer",
+}  # fmt: skip
+
 
 class Kind:
     """Base of every kind; subclasses implement the maps their modules have.
@@ -43,6 +48,11 @@ class Kind:
 
     def connect(self, model: nn.Module, module: nn.Module, path: str) -> None:
         """Prepare the model for an op that has just been put onto `module`, where hosting it is not enough."""
+
+    @property
+    def noun(self) -> str:
+        """Return the name with its article, for errors."""
+        return NOUNS.get(self.name, f"a {self.name}")
 
     # ---- what the module is -------------------------------------------------------------------------------------
     def fits(self, module: nn.Module) -> bool:

@@ -5,6 +5,7 @@
     enter(x, host) -> x'       changes the module's input
     weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
     bias(b | None) -> b'       exact form on the bias
+    tied                       optional attribute: an object that ops on weights tied to each other share if they do the same to them
     hold()                     context in which what the method treats as a constant for gradients is one (its stated stop-gradient)
     rows(x, tasks) -> [p, d]   stream port: p virtual tokens in front of the body's input; `tokens` says p, `shift` how many positions to
                                leave free before them (see `ports.stream.StreamOp`)
@@ -111,7 +112,7 @@ class Additive(Op):
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """Return factors (A, B) whose composition is the delta, its scale included, or None where it has none."""
-        found = self.low_rank() if hasattr(self, "low_rank") else None
+        found = self.low_rank() if hasattr(self, "low_rank") else None  # type: ignore[operator]
         return None if found is None else (found[0], found[2] * found[1])
 
     def weight(self, W: Tensor) -> Tensor:

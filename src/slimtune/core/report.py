@@ -14,7 +14,7 @@ from slimtune.core.state import Adapter
 
 @dataclass(frozen=True)
 class Row:
-    """One op: where it is and what it holds."""
+    """One op: where it is and what it holds; `rank` of ops whose rank changes while they train (`Op.rank_now`)."""
 
     path: str
     module: str
@@ -23,6 +23,7 @@ class Row:
     shape: tuple[int, ...]
     trainable: int
     total: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Report:
         """Trainable share of all parameters, in percent."""
         return 100.0 * self.trainable / max(self.total, 1)
 
+    def ranks(self) -> dict[str, int]:
+        """Return module path -> present rank, of ops whose rank changes while they train."""
+        return {r.path if r.param == "weight" else f"{r.path}.{r.param}": r.rank for r in self.rows if r.rank is not None}
+
     def groups(self) -> dict[str, list[Row]]:
         """Return the rows grouped by the path with its block numbers taken out."""
         out: dict[str, list[Row]] = {}
@@ -76,7 +81,9 @@ class Report:
         ]
         for key, rows in self.groups().items():
             shape = "x".join(map(str, rows[0].shape))
-            lines.append(f"  {len(rows):4d} x {key:<48} {rows[0].module} {shape}  {sum(r.total for r in rows):,} parameters")
+            ranks = [str(r.rank) for r in rows if r.rank is not None]
+            now = f"  rank {' '.join(ranks)}" if ranks else ""
+            lines.append(f"  {len(rows):4d} x {key:<48} {rows[0].module} {shape}  {sum(r.total for r in rows):,} parameters{now}")
         if self.left:
             lines.append("  not adapted: " + ", ".join(f"{n} x {what}" for what, n in self.left.items()))
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
@@ -93,7 +100,8 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
         covered.add(path)
         params = [p for p in op.parameters() if id(p) not in own]  # what several ops share is counted where it is first
         live = sum(p.numel() for p in params if p.requires_grad)
-        rows.append(Row(path, base_name(model.get_submodule(path)), op.port, op.param, op.shape, live, sum(p.numel() for p in params)))
+        rank = op.rank_now() if hasattr(op, "rank_now") else None  # type: ignore[operator]
+        rows.append(Row(path, base_name(model.get_submodule(path)), op.port, op.param, op.shape, live, sum(p.numel() for p in params), rank))
         own.update({id(t): t for t in (*params, *op.buffers())})
     left: dict[str, int] = {}
     experts = False
@@ -105,7 +113,7 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
         experts = experts or kind.name == "experts"
         key = f"{base_name(module)} {'x'.join(map(str, kind.shape(module, kind.names(module)[0])))}"
         left[key] = left.get(key, 0) + 1
-    base = {id(p): p for module in modules.values() for p in module._parameters.values() if p is not None}
+    base = {id(p): (p, module) for module in modules.values() for p in module._parameters.values() if p is not None}
     weights = any(op.port == "weight" for op in adapter.ops.values())
     advice = ['3-D expert weights are not adapted: add "experts" to targets'] if experts and weights else []
     return Report(
@@ -114,10 +122,10 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
         rows=rows,
         left=left,
         trainable=sum(r.trainable for r in rows),
-        total=sum(true_numel(p) for p in base.values()) + sum(r.total for r in rows),
+        total=sum(true_numel(p, module) for p, module in base.values()) + sum(r.total for r in rows),
         bytes=sum(t.numel() * t.element_size() for t in own.values()),
-        base_bytes=sum(p.numel() * p.element_size() for p in base.values()),
-        notes=[*advice, *notes],
+        base_bytes=sum(p.numel() * p.element_size() for p, _ in base.values()),
+        notes=[*advice, *(n for part in adapter.spec.parts() if hasattr(part, "remarks") for n in part.remarks(adapter)), *notes],
     )
 
 
@@ -125,7 +133,9 @@ def base_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def true_numel(p: nn.Parameter) -> int:
-    """Return the number of weights a parameter stands for (a packed 4-bit one holds two in each byte)."""
-    state = getattr(p, "quant_state", None)
-    return math.prod(state.shape) if state is not None else p.numel()
+def true_numel(p: nn.Parameter, module: nn.Module) -> int:
+    """Return the number of weights that a parameter of `module` stands for (a packed 4-bit one holds two in each byte)."""
+    from slimtune.core.placing import kind_at
+
+    kind = kind_at(module) if not p.is_floating_point() else None
+    return math.prod(kind.shape(module, "weight")) if kind is not None and kind.quantised else p.numel()

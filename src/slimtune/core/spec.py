@@ -104,6 +104,11 @@ class Spec:
 
         return find_sites(model, self, self.port)
 
+    def __str__(self) -> str:
+        """Return the call that makes this spec, without what is left at its default."""
+        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != default_of(f)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_written(getattr(self, f.name))}' for f in fields)})"
+
     # ---- JSON ---------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict, with the method's registered name under "method"."""
@@ -126,7 +131,7 @@ class Spec:
         cls = spec_class(data["method"])
         fields = {f.name: f for f in dataclasses.fields(cls)}
         wrong = [f"{k!r} is not an option of {data['method']}; closest: {closest(k, fields)}" for k in data if k not in {*fields, "method"}]
-        values = {k: _rich(v) for k, v in data.items() if k in fields}
+        values = {k: rich(v, str(fields[k].type)) for k, v in data.items() if k in fields}
         wrong += [p for k, v in values.items() if (p := type_problem(k, v, str(fields[k].type)))]
         if wrong:
             raise SpecError("; ".join(wrong), where=f"method {data['method']}", hint=f"options: {', '.join(fields)}")
@@ -146,6 +151,17 @@ class Spec:
             raise SpecError("; ".join(wrong), where=f"{type(self).__name__}(...)", hint="correct all of these at once")
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a spec's field."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(v, Spec) for v in value):
+        return f"({', '.join(map(str, value))},)" if len(value) == 1 else f"({', '.join(map(str, value))})"
+    return str(value) if isinstance(value, Spec) else repr(value)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Spec):
         return value.to_dict()
@@ -156,11 +172,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _rich(value: Any) -> Any:
+def rich(value: Any, annotation: str) -> Any:
+    """Return a JSON value as a field of this type holds it: lists as tuples, mappings with a "method" as specs, its bare name too.
+
+    Raises:
+        SpecError: a spec inside it is wrong.
+    """
     if isinstance(value, dict) and isinstance(value.get("method"), str):
         return Spec.from_dict(value)
-    if isinstance(value, list):
-        return tuple(_rich(v) for v in value)
+    if isinstance(value, str) and "Spec" in annotation:
+        return Spec.from_dict({"method": value})
+    if isinstance(value, (list, tuple)):
+        return tuple(rich(v, annotation) for v in value)
     return value
 
 

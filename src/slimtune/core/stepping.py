@@ -17,6 +17,7 @@ random numbers draw them from seeds. Parameters that are sharded over processes 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 import warnings
@@ -135,7 +136,6 @@ def _after(optimiser: Optimiser, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     _, begun = _OPEN.stack.pop()
     for adapter in {id(step.adapter): step.adapter for _, step in begun}.values():
         adapter.steps += 1
-        disarm(adapter)
     with torch.no_grad():
         for part, step in begun:
             if hasattr(part, "after_step"):
@@ -170,6 +170,7 @@ def _begin(optimiser: Optimiser) -> list[tuple[Any, Step]]:
             begun.append((part, Step(adapter, ops, optimiser, adapter.steps + 1, 1.0 if scale is None else float(scale))))
     with torch.no_grad():
         for part, step in begun:
+            disarm(step.adapter)
             if hasattr(part, "before_step"):
                 part.before_step(step)
     return begun
@@ -278,7 +279,7 @@ def stacks(kind: Kind, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if kind.rank_axis == 1:
         return A, B
     G = max(A.shape[0], 1) // max(B.shape[1], 1)  # groups of a convolution
-    return A.reshape(G, A.shape[0] // G, -1), B.reshape(G, B.shape[0] // G, B.shape[1])
+    return A.reshape(G, A.shape[0] // G, math.prod(A.shape[1:])), B.reshape(G, B.shape[0] // G, B.shape[1])
 
 
 class Trained:

@@ -31,9 +31,11 @@ ROLES: dict[str, tuple[str, ...]] = {
           "attention.dense", "self_attn.dense", "to_out.0", "to_add_out", "wo_attn"),
     "gate": ("gate_proj", "wi_0", "w1"),
     "up": ("up_proj", "gate_up_proj", "fc1", "c_fc", "intermediate.dense", "lin1", "wi", "wi_1", "w3", "dense_h_to_4h", "mlp.Wi",
-           "intermediate_dense", "weights_in", "linear1", "ff.net.0.proj", "ff_context.net.0.proj", "single_transformer_blocks.*.proj_mlp"),
+           "intermediate_dense", "weights_in", "linear1", "ff.net.0.proj", "ff_context.net.0.proj", "single_transformer_blocks.*.proj_mlp",
+           "albert_layers.*.ffn"),
     "down": ("down_proj", "fc2", "mlp.c_proj", "output.dense", "lin2", "DenseReluDense.wo", "w2", "dense_4h_to_h", "mlp.Wo",
-             "output_dense", "weights_out", "linear2", "ff.net.2", "ff_context.net.2", "single_transformer_blocks.*.proj_out"),
+             "output_dense", "weights_out", "linear2", "ff.net.2", "ff_context.net.2", "single_transformer_blocks.*.proj_out",
+             "albert_layers.*.ffn_output"),
 }
 GROUPS: dict[str, tuple[str, ...]] = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("gate", "up", "down")}
 KINDS: dict[str, tuple[str, ...]] = {"all-linear": ("linear", "attention"), "experts": ("experts",), "embedding": ("embedding",),
@@ -41,11 +43,15 @@ KINDS: dict[str, tuple[str, ...]] = {"all-linear": ("linear", "attention"), "exp
                                      "attention-layers": ("attention layer", "attention")}
 # Output heads of models that do not tell (diffusers, plain PyTorch), by their whole path.
 HEADS = ("lm_head", "classifier", "head", "heads", "score", "proj_out", "proj_out_2", "conv_out", "decoder.conv_out")
+# Tables that look up something else than tokens (positions, segments, distances): "embedding" does not mean them.
+NOT_TOKENS = (
+    "position_embeddings", "position_embedding", "embed_positions", "wpe", "token_type_embeddings", "relative_attention_bias", "rel_embeddings",
+)  # fmt: skip
 MEANING = {
     "q": "query projection", "k": "key projection", "v": "value projection", "qkv": "fused query-key-value projection",
     "o": "output projection of an attention", "gate": "gate of a feed-forward", "up": "first layer of a feed-forward",
     "down": "last layer of a feed-forward", "attention": "attention projection", "mlp": "feed-forward", "head": "output head",
-    "all-linear": "linear layer below its head", "experts": "experts", "embedding": "table of embeddings", "conv": "convolution",
+    "all-linear": "linear layer below its head", "experts": "experts", "embedding": "table of token embeddings", "conv": "convolution",
     "norm": "norm", "attention-layers": "attention layer that asks transformers' registry for its function",
 }  # fmt: skip
 _REGEX = re.compile(r"^\.\*|[\\^$()|+\[\]{}]")  # "layers.0.*" is a glob, ".*q_proj" a regex
@@ -103,7 +109,8 @@ def matches(pattern: str, path: str, module: nn.Module, head_paths: set[str]) ->
         kind = kind_of(module)
         if kind is None or kind.name not in KINDS[pattern] or path in head_paths:
             return False
-        return pattern != "embedding" or not kind.problem(module)  # tables of positions with a forward of their own are not meant
+        # tables of positions, with a forward of their own or known by name, are not meant
+        return pattern != "embedding" or not (kind.problem(module) or path.split(".")[-1] in NOT_TOKENS)
     if pattern == "head":
         return path in head_paths and kind_of(module) is not None
     roles = GROUPS.get(pattern, (pattern,) if pattern in ROLES else ())
@@ -228,7 +235,7 @@ def dead(pattern: str, found: dict[str, nn.Module], named: dict[str, nn.Module],
         )
     names = sorted({".".join([q for q in p.split(".") if not q.isdigit()][-1:]) for p in found if p})
     words = [*names, *ROLES, *GROUPS, *KINDS]
-    reason = f": {model} has no {MEANING[pattern]} that is known by its name" if pattern in MEANING else ""
+    reason = f": {model} has no {MEANING[pattern]}" + ("" if pattern in KINDS else " known by its name") if pattern in MEANING else ""
     return TargetError(f"{role} {pattern!r} matches no module{reason}", hint=f"closest: {closest(pattern, words)}" + _usable_names(found, ok))
 
 
@@ -237,7 +244,7 @@ def _why_not(module: nn.Module) -> str:
     assert kind is not None, "BlockKind fits every module"
     if kind.params and not kind.names(module):
         return f"a {type(module).__name__} without a weight of its own"
-    return f"a {kind.name} takes {' and '.join(kind.ports)} ops only"
+    return f"{kind.noun} takes {' and '.join(kind.ports)} ops only"
 
 
 def _usable_names(found: dict[str, nn.Module], ok: object) -> str:
@@ -264,6 +271,6 @@ def find_sites(model: nn.Module, spec: Spec, port: str) -> list[Site]:
         kind = kind_of(module)
         assert kind is not None
         for param in kind.names(module) if port == "weight" else kind.names(module)[:1] or ("weight",):
-            shape = kind.shape(module, param) if kind.params else ()
+            shape = kind.shape(module, param) if kind.names(module) else ()
             sites.append(Site(path=path, port=port, kind=kind, module=module, param=param, shape=shape))
     return sites

@@ -85,7 +85,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Pa
         write_tensors(stage / WEIGHTS, tensors, metadata)
         old = folder / CARD
         keep = old.is_file() and not is_ours(old)
-        (stage / CARD).write_bytes(old.read_bytes() if keep else card(adapter, config).encode())
+        (stage / CARD).write_bytes(old.read_bytes() if keep else card(adapter, config, sum(t.numel() for t in tensors.values())).encode())
 
     publish(folder, write, last=WEIGHTS, alone=frozenset({CONFIG, WEIGHTS, CARD}))
     return folder
@@ -132,6 +132,8 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
         "same": same,
         "fingerprint": fingerprint(model, without=_full(places)).to_dict(),
     }
+    if adapter.steps or adapter.total_steps:
+        about["trained"] = {"steps": adapter.steps, "total": adapter.total_steps}
     return config, tensors, {"format": "pt", OWN: json.dumps(about, sort_keys=True, separators=(",", ":"))}
 
 
@@ -192,6 +194,7 @@ def load(
             layout = layout_of(str(config.get("peft_type")), folder)
             spec, places, taker = layout.discover(config, file, model, allowed)
             ready(model, spec, places)
+        trained = _trained(about)
     if name is None:
         name = str(about["name"]) if about is not None else "default"
         check_free(model, name)
@@ -214,6 +217,7 @@ def load(
     if first or trainable:
         put_to_use(model, adapter)
     adapter.meta = {"folder": str(folder), "own": about is not None}
+    adapter.steps, adapter.total_steps = trained
     return make_report(model, adapter, notes)
 
 
@@ -316,6 +320,15 @@ def _own(file: TensorFile, about: dict[str, Any]) -> tuple[Spec, list[Place], Ta
     layout = layout_of(str(about["type"]), file.path)
     names = layout.names(file) | {k.removeprefix(PREFIX): v for k, v in about["same"].items()}
     return spec, places, Taker(file, names), layout
+
+
+def _trained(about: dict[str, Any] | None) -> tuple[int, int | None]:
+    """Return how many optimiser steps a method that acts at them has seen, and how many there will be."""
+    told = (about or {}).get("trained", {"steps": 0, "total": None})
+    steps, total = told["steps"], told["total"]
+    if type(steps) is not int or steps < 0 or (total is not None and (type(total) is not int or total < 1)):
+        raise FormatError(f"the file tells of {str(told)[:80]} training steps")
+    return steps, total
 
 
 def _same_base(model: nn.Module, about: dict[str, Any], places: list[Place], folder: Path, allowed: frozenset[str]) -> list[str]:

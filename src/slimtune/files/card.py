@@ -15,11 +15,14 @@ def is_ours(path: Path) -> bool:
     return _MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(adapter: Adapter, config: dict[str, Any]) -> str:
-    """Return the text of a card; the same adapter gives the same text."""
+def card(adapter: Adapter, config: dict[str, Any], parameters: int) -> str:
+    """Return the text of a card; the same adapter gives the same text.
+
+    Args:
+        parameters: how many numbers the file holds.
+    """
     base, spec = config["base_model_name_or_path"], adapter.spec
     shared = not config["peft_type"].startswith("SLIMTUNE_")
-    parameters = sum(p.numel() for p in adapter.parameters())
     head = ["---", f"library_name: {'peft' if shared else 'slimtune'}"]
     head += [f"base_model: {base}"] if base else []
     head += ["tags:", f"- {spec.method}", "- slimtune"]

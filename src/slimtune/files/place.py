@@ -87,7 +87,7 @@ def make_ops(
         module = module_at(model, place.path, where)
         kind = kind_at(module)
         if place.port not in kind.ports:
-            raise MismatchError(f"a {kind.name} has no place for an op at its {place.port}", where=f"{place.path} ({type(module).__name__})")
+            raise MismatchError(f"{kind.noun} has no place for an op at its {place.port}", where=f"{place.path} ({type(module).__name__})")
         if place.param not in kind.names(module) and (place.port == "weight" or place.param != "weight"):
             raise MismatchError(f"{place.path} ({type(module).__name__}) has no weight {place.param!r}", where=where)
         if problem := kind.problem(module):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from slimtune.core.site import Site
 from slimtune.initialise.spectral import balanced
-from slimtune.initialise.study import Found, directions, look, study
+from slimtune.initialise.study import Found, bar, directions, look, study
 
 
-def covariances(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any) -> list[Tensor]:
-    """Return X^T X / n [a, a] of every site; sites that read the same tensors share one."""
+def covariances(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any) -> list[tuple[Tensor, int]]:
+    """Return (X^T X [a, a], n) of every site; sites that read the same tensors share one tensor."""
     sums: list[Tensor | None] = [None for _ in sites]
     counts = [0 for _ in sites]
     last: tuple[Any, Any, Tensor] | None = None  # (input, the sum before, the sum now) of the site that ran last
@@ -35,32 +35,34 @@ def covariances(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: 
         counts[i] += x.shape[0]
 
     look(model, sites, data, spec, see)
-    return [s / n for s, n in zip(sums, counts, strict=True) if s is not None]
+    return [(s, n) for s, n in zip(sums, counts, strict=True) if s is not None]
 
 
-def split(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, S, V^T C^-1) of W C in float64."""
+def damped(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C with its diagonal raised, the inverse of that) in float64."""
     C = C.double()
     eye = torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
     damp = 0.01
     while True:
-        damped = C + damp * C.diagonal().mean() * eye
-        inverse = torch.linalg.inv(damped)
-        if float((damped @ inverse - eye).norm()) < 0.05 or damp > 1e6:
-            break
+        raised = C + damp * C.diagonal().mean() * eye
+        inverse = torch.linalg.inv(raised)
+        if float((raised @ inverse - eye).norm()) < 0.05 or damp > 1e6:
+            return raised, inverse
         damp *= 2
-    U, S, V = torch.linalg.svd(W.double() @ damped, full_matrices=False)
-    return U, S, V @ inverse
 
 
 def _corda(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any) -> Found:
     found: Found = {}
+    same: tuple[Tensor, Tensor, Tensor] | None = None  # of the site before: q, k and v have one covariance
+    pairs = list(zip(sites, covariances(model, sites, data, spec), strict=True))
     with torch.no_grad():
-        for site, C in zip(sites, covariances(model, sites, data, spec), strict=True):
-            U, S, V = split(site.read(), C)
+        for site, (total, n) in bar(pairs, f"init {spec.init}", "module"):
+            if same is None or same[0] is not total:
+                same = (total, *damped(total / n))
+            U, S, V = torch.linalg.svd(site.read().double() @ same[1], full_matrices=False)
             r = spec.rank(site)
             pick = slice(None, r) if spec.init == "corda" else slice(len(S) - r, None)
-            found[site.path, site.param] = balanced(U[:, pick], S[pick], V[pick], spec.scale(site))
+            found[site.path, site.param] = balanced(U[:, pick], S[pick], V[pick] @ same[2], spec.scale(site))
     return found
 
 

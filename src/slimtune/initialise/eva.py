@@ -4,11 +4,13 @@ Paper: arXiv 2410.07170, algorithm 1. The inputs' principal directions by increm
     [S V; X - mean(X); sqrt(n m / (n + m)) (mean_n - mean(X))] = U' S' V'        after n rows, with m new ones
 Then, of all modules' first rho r directions, those with the highest share of their layer's variance get the sum of all ranks;
 s stays what it was, and a module that gets none is left out.
-Cost: one thin SVD per different input and batch, (k + m) a k FLOPs; memory k a floats for it, k = 2 rho r + 8. Tokens without a label do not count.
+Tokens without a label do not count, as in the reference library, unless those with one have too few directions (short answers).
+Cost: one thin SVD per different input and batch, (k + m) a k FLOPs; memory k a floats for it, k = 2 rho r + 8.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,31 +75,42 @@ def _top(rows: Tensor, k: int) -> Tensor:
 @study("eva")
 def eva(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any) -> Found:
     """Return A of every site that gets a rank."""
+    batches = list(itertools.islice(iter(data), spec.init_batches))
     most = [min(round(spec.rho * spec.rank(site)), site.a) for site in sites]
+    for labels in (True, False):
+        found = principal(model, sites, batches, spec, most, labels)
+        short = [i for i, (_, share) in enumerate(found) if int((share > 1e-12).sum()) < most[i]]
+        if not short:
+            break
+    else:
+        i = short[0]
+        raise DataError(
+            f"EVA needs {most[i]} directions here (rho r), and the inputs in these batches have {int((found[i][1] > 1e-12).sum())}",
+            where=str(sites[i]),
+            hint="give more or longer batches, or lower r or rho",
+        )
+    ranks = shares([share for _, share in found], sum(spec.rank(site) for site in sites))
+    return {(s.path, s.param): (V[:r], None) for s, (V, _), r in zip(sites, found, ranks, strict=True) if r}
+
+
+def principal(
+    model: nn.Module, sites: list[Site], batches: list[Any], spec: Any, most: list[int], labels: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return up to most[i] directions of the inputs of each site i, and the share of the variance that each explains."""
     keep = [2 * m + 8 for m in most]
     known: list[Directions | None] = [None for _ in sites]
     last: tuple[Any, Any, int, Directions] | None = None  # (input, what was known before, k, what is known now) of the site that ran last
 
     def see(i: int, x: Tensor, _: Tensor | None) -> None:
         nonlocal last
+        if not x.shape[0]:
+            return
         if last is None or last[0]() is not x or last[1] is not known[i] or last[2] != keep[i]:
-            last = (weakref.ref(x), known[i], keep[i], absorb(known[i], x, keep[i])) if x.shape[0] else last
-        if x.shape[0]:
-            assert last is not None
-            known[i] = last[3]
+            last = (weakref.ref(x), known[i], keep[i], absorb(known[i], x, keep[i]))
+        known[i] = last[3]
 
-    look(model, sites, data, spec, see, labels=True)
-    found = [k.components(m) if k is not None else None for k, m in zip(known, most, strict=True)]
-    for site, f, m in zip(sites, found, most, strict=True):
-        have = 0 if f is None else int((f[1] > 1e-12).sum())
-        if have < m:
-            raise DataError(
-                f"EVA needs {m} directions here (rho r), and the inputs in these batches have {have}",
-                where=str(site),
-                hint="give more or longer batches (labels of -100 do not count), or lower r or rho",
-            )
-    ranks = shares([f[1] for f in found if f is not None], sum(spec.rank(site) for site in sites))
-    return {(s.path, s.param): (f[0][:r], None) for s, f, r in zip(sites, found, ranks, strict=True) if f is not None and r}
+    look(model, sites, batches, spec, see, labels=labels)
+    return [k.components(m) if k is not None else (torch.zeros(0, 0), torch.zeros(0)) for k, m in zip(known, most, strict=True)]
 
 
 def shares(explained: list[Tensor], budget: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import DataError
 from slimtune.core.site import Site
-from slimtune.initialise.study import Found, directions, look, study
+from slimtune.initialise.study import Found, bar, directions, look, study
 
 GAMMA = 16.0
 
@@ -44,7 +44,7 @@ def lora_ga(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any)
     out: Found = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for site, G in zip(sites, gradients(model, sites, data, spec), strict=True):
+        for site, G in bar(list(zip(sites, gradients(model, sites, data, spec), strict=True)), "init lora_ga", "module"):
             if not G.isfinite().all() or not G.any():
                 raise DataError("the gradient of these batches is zero or not finite here", where=str(site), hint="give other batches")
             r = spec.rank(site)

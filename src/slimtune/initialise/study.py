@@ -41,7 +41,7 @@ def study(name: str, check: Callable[[Site, Any], list[str]] | None = None) -> C
 
     def problems(site: Site, spec: Any) -> list[str]:
         if site.kind.name != "linear":
-            return [f"init={name!r} looks at the inputs of linear layers, which a {site.kind.name} is not: use another init, or exclude="]
+            return [f"init={name!r} looks at the inputs of linear layers, which {site.kind.noun} is not: use another init, or exclude="]
         return check(site, spec) if check is not None else []
 
     def start(op: LoRAOp, site: Site, spec: Any) -> None:
@@ -87,7 +87,7 @@ def look(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any, se
             hook = _backward_hook(i, noted) if backward else _forward_hook(i, noted)
             handle = site.module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        for batch in bar(batches, f"init {spec.init}"):
+        for batch in bar(batches, f"init {spec.init}", "batch"):
             batch = _moved(batch, device)
             mask = None if backward else _mask(model, batch, labels)
             with torch.set_grad_enabled(backward):
@@ -209,14 +209,14 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
-def bar(items: list[Any], title: str) -> Iterator[Any]:
-    """Yield the items with a progress bar on standard error, where that is a terminal."""
+def bar(items: list[Any], title: str, noun: str) -> Iterator[Any]:
+    """Yield the items with a progress bar on standard error, where that is a terminal; `noun` is what one of them is."""
     shown = sys.stderr.isatty()
     try:
         for i, item in enumerate(items):
             if shown:
                 done = "#" * (30 * i // len(items))
-                sys.stderr.write(f"\r{title} [{done:<30}] batch {i + 1} of {len(items)}")
+                sys.stderr.write(f"\r{title} [{done:<30}] {noun} {i + 1} of {len(items)}")
                 sys.stderr.flush()
             yield item
     finally:

@@ -78,8 +78,8 @@ def _accumulate(y: Tensor, h: Tensor, bt: Tensor, scale: float) -> None:
 
 
 def fusing(t: Tensor) -> bool:
-    """Tell whether hand-written functions may be used now: not while compiling (the compiler fuses), not under autocast or torch.func."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(t.device.type):
+    """Tell whether hand-written functions may be used now: not compiling (the compiler fuses), autocasting, under torch.func, or on shapes alone."""
+    if torch.compiler.is_compiling() or t.is_meta or torch.is_autocast_enabled(t.device.type):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(t)
 

@@ -124,11 +124,12 @@ class AdaLoRAOp(Trained, LoRAOp):
         return self.kind.rank_axis == 0 and self.A.shape[0] == self.B.shape[1]
 
     def settings(self) -> dict[str, Any]:
-        return {"scale": self.scale, "rows": "".join("01"[on] for on in self.rows())}
+        chosen = None if self.shortens else bits(self.alive().flatten().tolist())
+        return {"scale": self.scale, "rows": bits(self.rows()), "chosen": chosen}
 
     def resume(self, settings: dict[str, Any], site: Site) -> None:
-        scale, rows = settings.get("scale"), settings.get("rows")
-        fine = isinstance(rows, str) and 0 < len(rows) < 2**24 and set(rows) <= {"0", "1"} and len(settings) == 2
+        scale, rows, chosen = (settings.get(k) for k in ("scale", "rows", "chosen"))
+        fine = all(isinstance(v, str) and 0 < len(v) < 2**24 and set(v) <= {"0", "1"} for v in (rows, chosen or "1")) and len(settings) == 3
         if not fine or isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise SpecError(f"these are no settings of an AdaLoRA: {str(settings)[:200]}", where=str(site))
         assert isinstance(rows, str)
@@ -139,6 +140,10 @@ class AdaLoRAOp(Trained, LoRAOp):
         self.A, self.B = nn.Parameter(torch.empty(shape_a, **new)), nn.Parameter(torch.empty(shape_b, **new))
         self.E = nn.Parameter(torch.empty(*shape_a[: self.kind.rank_axis + 1], 1, **new))
         self.chosen = torch.ones(self.E.shape, dtype=torch.bool, device=self.E.device)
+        if chosen is not None:
+            if len(chosen) != self.E.numel():
+                raise SpecError(f"{len(chosen)} flags for {self.E.numel()} triplets", where=str(site))
+            self.chosen = torch.tensor([c == "1" for c in chosen], device=self.E.device).view(self.E.shape)
 
     def export(self, module: nn.Module) -> dict[str, Tensor]:
         held: dict[str, Tensor] = {"A": self.A, "B": self.B, "E": self.E}
@@ -209,7 +214,7 @@ class AdaLoRA(Spec):
     def check(self, site: Site) -> list[str]:
         wrong = site.kind.rank_problems(site.module, site.param, self.init_r)
         if self.dropout and not site.kind.drops:
-            wrong.append(f"the input of a {site.kind.name} cannot be dropped: set dropout=0 or leave it out with exclude=")
+            wrong.append(f"the input of {site.kind.noun} cannot be dropped: set dropout=0 or leave it out with exclude=")
         return wrong
 
     def build(self, site: Site) -> AdaLoRAOp:
@@ -317,6 +322,11 @@ class AdaLoRA(Spec):
 
 def _own(step: Step) -> list[AdaLoRAOp]:
     return [op for op in step.ops.values() if isinstance(op, AdaLoRAOp)]
+
+
+def bits(flags: list[bool]) -> str:
+    """Return flags as text: "1101"."""
+    return "".join("01"[on] for on in flags)
 
 
 def matrices(op: AdaLoRAOp) -> int:

@@ -64,7 +64,7 @@ class BitFit(Spec):
         return have
 
     def check(self, site: Site) -> list[str]:
-        return [] if site.kind.takes_bias else [f"a {site.kind.name} takes no bias"]
+        return [] if site.kind.takes_bias else [f"{site.kind.noun} takes no bias"]
 
     def build(self, site: Site) -> BitFitOp:
         return BitFitOp(site)

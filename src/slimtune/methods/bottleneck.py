@@ -152,7 +152,7 @@ class Bottleneck(Spec):
             return []
         if site.b <= 0:
             return [f"the width of the output of a {type(site.module).__name__} is not known"]
-        return [f"the width of the output of a {site.kind.name} is not its last dimension"]
+        return [f"the width of the output of {site.kind.noun} is not its last dimension"]
 
     def width(self, site: Site) -> int:
         """Return m at one site."""

@@ -28,6 +28,10 @@ class CompacterOp(BottleneckOp):
         "rule": "core", "down_s": "down", "down_t": "down", "down_b": "bias", "up_s": "up", "up_t": "up", "up_b": "bias", "s": "gain",
         "norm_in_w": "gain", "norm_in_b": "bias", "norm_out_w": "gain", "norm_out_b": "bias",
     }  # fmt: skip
+    down_s: nn.Parameter
+    down_t: nn.Parameter
+    up_s: nn.Parameter
+    up_t: nn.Parameter
 
     def make_maps(self, site: Site, spec: Any, new: Any) -> None:
         self.n, self.rank = n, r = spec.n, spec.rank
@@ -85,7 +89,7 @@ class Compacter(Bottleneck):
 
     op: ClassVar[type[BottleneckOp]] = CompacterOp
 
-    targets: str | tuple[str, ...] = ("o", "down")
+    targets: str | tuple[str, ...] = ("maybe:o", "maybe:down")
     nonlinearity: str = "gelu_tanh"
     n: int = 4
     rank: int = 1

@@ -24,7 +24,7 @@ from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.methods.lora import LoRA
-from slimtune.ports.effective import effective, of_param
+from slimtune.ports.effective import effective, effective_bias, of_param
 
 
 class DoRAOp(Op):
@@ -55,7 +55,7 @@ class DoRAOp(Op):
                 norm = self.norm(host, before)
             self._held = norm if self._holding else None
         gain = (self.m / norm).to(y.dtype)
-        b = self.kind.bias(host, self.param)
+        b = effective_bias(self.kind.bias(host, self.param), of_param(before, self.param))  # as it stands in y
         if b is None:
             return self.inner.add(x, y, host, None) * self.kind.along_output(gain, y)
         b = self.kind.along_output(b.to(y.dtype), y)

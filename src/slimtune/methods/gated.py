@@ -110,10 +110,17 @@ class Gated(Modifier):
         elif site.port == "weight" and site.kind.name == "experts":
             wrong.append("a gate reads the tokens of a layer, and inside experts there are pairs of token and expert")
         elif site.port in {"weight", "output", "input"} and site.kind.name in {"embedding", "conv"}:
-            wrong.append(f"a gate reads vectors, and the input of a {site.kind.name} is none")
+            wrong.append(f"a gate reads vectors, and the input of {site.kind.noun} is none")
         elif site.port == "output" and site.a <= 0:
             wrong.append(f"the width of the input of a {type(site.module).__name__} is not known")
         return wrong
+
+    def expected_start(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return what a model must give right after attaching: a gate of one half changes nothing but a prefix."""
+        from slimtune.core.fold import first_tensor
+        from slimtune.testing.textbook import start_of
+
+        return start_of(self, model, inputs) if self.inner().port == "attention" else first_tensor(model(*inputs))
 
     def build(self, site: Site) -> Op:
         op = self.inner().build(site)

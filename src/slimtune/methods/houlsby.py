@@ -19,14 +19,15 @@ class Houlsby(Bottleneck):
     """Bottleneck adapters after each attention and each feed-forward (arXiv 1902.00751).
 
     Args:
-        targets: default: "o" and "down", the ends of both kinds of sub-blocks; cross-attentions count, exclude="encoder_attn" leaves BART's out.
+        targets: default: "o" and "down", the ends of both kinds of sub-blocks, whichever there are. Cross-attentions count;
+            exclude="encoder_attn" leaves BART's out.
         reduction, nonlinearity, norm, scale, train_scale, dropout: see `Bottleneck`.
 
     Example:
         >>> import slimtune as st
         >>> st.Houlsby(reduction=8).targets
-        ('o', 'down')
+        ('maybe:o', 'maybe:down')
     """
 
-    targets: str | tuple[str, ...] = ("o", "down")
+    targets: str | tuple[str, ...] = ("maybe:o", "maybe:down")
     nonlinearity: str = "gelu"

@@ -78,9 +78,9 @@ class IA3(Spec):
 
     def check(self, site: Site) -> list[str]:
         if site.kind.name not in {"linear", "conv", "embedding"}:
-            return [f"IA3 rescales layers, and the output of a {site.kind.name} is not one"]
+            return [f"IA3 rescales layers, and the output of {site.kind.noun} is not one"]
         if self._inner(site) and site.kind.name not in {"linear", "conv"}:
-            return [f"the input of a {site.kind.name} cannot be rescaled: take it out of feedforward="]
+            return [f"the input of {site.kind.noun} cannot be rescaled: take it out of feedforward="]
         return []
 
     def build(self, site: Site) -> Op:

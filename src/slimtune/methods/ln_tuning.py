@@ -30,7 +30,7 @@ class LayerNormTuning(Spec):
     targets: str | tuple[str, ...] = "norm"
 
     def check(self, site: Site) -> list[str]:
-        return [] if site.kind.name == "norm" else [f"a {site.kind.name} is no norm: use Dense to train it"]
+        return [] if site.kind.name == "norm" else [f"{site.kind.noun} is no norm: use Dense to train it"]
 
     def build(self, site: Site) -> DenseOp:
         return DenseOp(site)

@@ -27,6 +27,7 @@ from slimtune.core.op import Additive, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+from slimtune.core.state import Adapter
 from slimtune.core.targets import matches
 from slimtune.initialise import INITS, STUDIES, init_problems, initialise
 from slimtune.kernels.lowrank import add_low_rank, fusing
@@ -251,11 +252,11 @@ class LoRA(Spec):
     def check(self, site: Site) -> list[str]:
         wrong = site.kind.rank_problems(site.module, site.param, self.rank(site))
         if self.dropout and self.dropout_kind == "element" and not site.kind.drops:
-            wrong.append(f"the input of a {site.kind.name} cannot be dropped: set dropout=0 or leave it out with exclude=")
+            wrong.append(f"the input of {site.kind.noun} cannot be dropped: set dropout=0 or leave it out with exclude=")
         elif self.dropout and site.kind.name == "attention":
             wrong.append("the projections of an attention module run on one weight, where nothing can be dropped: set dropout=0")
         if self.up_bias and not site.kind.takes_bias:
-            wrong.append(f"a {site.kind.name} takes no bias: set up_bias=False")
+            wrong.append(f"{site.kind.noun} takes no bias: set up_bias=False")
         return wrong or init_problems(self.init, site, self)
 
     def check_all(self, sites: list[Site]) -> list[str]:
@@ -275,6 +276,11 @@ class LoRA(Spec):
         found = STUDIES[self.init](model, sites, data, self)
         shared["study"] = found
         return [site for site in sites if (site.path, site.param) in found]
+
+    def remarks(self, adapter: Adapter) -> list[str]:
+        """Return what a report should say about the ranks."""
+        ranks = [op.r for op in adapter.ops.values() if isinstance(op, LoRAOp)]
+        return [f"EVA's ranks: {min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all"] if self.init == "eva" and ranks else []
 
     def build(self, site: Site) -> LoRAOp:
         found = None if site.blank else site.shared.get("study", {}).get((site.path, site.param))

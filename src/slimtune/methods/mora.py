@@ -106,7 +106,7 @@ class MoRA(Spec):
         return wrong if self.form in {"rotation", "sharing"} else [*wrong, f'form must be "rotation" or "sharing", not {self.form!r}']
 
     def check(self, site: Site) -> list[str]:
-        return [] if site.kind.name == "linear" else [f"MoRA's square matrix fits linear layers only, not a {site.kind.name}"]
+        return [] if site.kind.name == "linear" else [f"MoRA's square matrix fits linear layers only, not {site.kind.noun}"]
 
     def build(self, site: Site) -> MoRAOp:
         side = max(2, math.isqrt((site.a + site.b) * self.r))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import SiteError
+from slimtune.core.errors import SiteError, TargetError
 from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
@@ -132,7 +132,8 @@ class PrefixTuning(Spec):
         return [] if heads and wide_k else ["this attention layer does not tell how many heads its keys have, and how wide"]
 
     def sites(self, model: nn.Module) -> list[Site]:
-        refuse_own_attention(model)
+        if self.targets == "attention":
+            refuse_own_attention(model)
         found = super().sites(model)
         if two_stacks(model):
             chosen = [site for site in found if part_of(model, site) in self.where]
@@ -219,6 +220,7 @@ def refuse_own_attention(model: nn.Module) -> None:
 
     Raises:
         SiteError: naming its class of attention.
+        TargetError: there is none.
     """
     from slimtune.core.placing import base_modules, kind_at
     from slimtune.core.targets import role_of
@@ -233,7 +235,10 @@ def refuse_own_attention(model: nn.Module) -> None:
                 f"{type(modules[above]).__name__} computes attention in code of its own, not through transformers' registry, so there is no place "
                 "for more keys and values",
                 where=f"{above} in {type(model).__name__}",
-                hint="use st.PromptTuning() or st.LoRA(), which need no such place",
+                hint="st.LoRA() adapts the projections inside it, and st.PromptTuning() goes in front of the whole model",
             )
+    raise TargetError(
+        f"this {type(model).__name__} has no attention layer", where=type(model).__name__, hint="st.LoRA() goes onto any linear layer"
+    )
 
 

@@ -69,7 +69,9 @@ class ProgressiveLoRAOp(Trained, LoRAOp):
             return 0.0
         squares = S.double().square()
         error = float((squares[:, q:].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
-        self._take(*self.kind.pack(*balanced(U[..., :q], S[:, :q], V[:, :q]), self.shape), q * groups, "new")
+        a, b = balanced(U[..., :q], S[:, :q], V[:, :q])
+        a = a.masked_fill((A == 0).all(1, keepdim=True), 0.0)  # inputs without effect (padding_idx) stay so to the bit
+        self._take(*self.kind.pack(a, b, self.shape), q * groups, "new")
         self.lost = (self.lost**2 + error**2) ** 0.5
         return error
 
@@ -99,11 +101,13 @@ class ProgressiveLoRAOp(Trained, LoRAOp):
             p = self._parameters.get(name)
             if p is None or p not in optimiser.state:
                 continue
+            if self.stale == "new":
+                del optimiser.state[p]
+                continue
             state = optimiser.state[p]
             grown = {k: self._padded(name, t, p) for k, t in state.items() if isinstance(t, Tensor) and t.numel() > 1}
-            if self.stale == "new" or any(t is None for t in grown.values()):
-                if self.stale == "grown":
-                    warnings.warn(f"the state of {type(optimiser).__name__} cannot be extended, so it begins anew for grown factors", stacklevel=2)
+            if any(t is None for t in grown.values()):
+                warnings.warn(f"the state of {type(optimiser).__name__} cannot be extended, so it begins anew for grown factors", stacklevel=2)
                 del optimiser.state[p]
             else:
                 state.update(grown)

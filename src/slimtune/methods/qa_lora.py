@@ -56,9 +56,6 @@ class QALoRAOp(Additive):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A.repeat_interleave(self.group, 1), self.factor() * self.B
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        return self.A.repeat_interleave(self.group, 1), self.factor() * self.B
-
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         x = torch.dropout(x, self.dropout, True) if self.training and self.dropout else x
         pooled = x.unflatten(-1, (-1, self.group)).sum(-1)  # [n, a] -> [n, a / g]
@@ -122,7 +119,7 @@ class QALoRA(Spec):
 
     def check(self, site: Site) -> list[str]:
         if site.kind.name != "linear":
-            return [f"QA-LoRA pools the inputs of a linear layer, which a {site.kind.name} is not"]
+            return [f"QA-LoRA pools the inputs of a linear layer, which {site.kind.noun} is not"]
         g = self.group_of(site)
         if site.a % g:
             return [f"group={g} does not divide the {site.a} inputs"]

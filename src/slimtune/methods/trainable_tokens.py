@@ -6,6 +6,7 @@ logits. With `add_tokens` it teaches new tokens without training, or saving, the
 
 Source: the reference library's TRAINABLE_TOKENS, which keeps the new rows where this keeps their difference. Files hold the new rows.
 Cost: k d parameters, n d products at the table, n k d at a tied head. Merges into the weights.
+Choose it when a model must learn new tokens, or a new meaning of a few old ones; beside a LoRA (`st.Union`) if it must learn more than these.
 Cannot: sit on convolutions, norms, experts or attention projections. New tokens of a model whose head is not tied get logits of their own
 only with `head="train"`.
 """
@@ -46,6 +47,7 @@ class TokenRowsOp(Additive):
     """D [k, d] on the rows `ids` of a table [v, d], or of a head with weight [v, d]."""
 
     roles = {"D": "dense"}
+    linear_in = {"D": 0.0}
 
     def __init__(self, site: Site, tokens: tuple[int, ...]) -> None:
         super().__init__(site)
@@ -187,7 +189,7 @@ class TrainableTokens(Spec):
 
     def check(self, site: Site) -> list[str]:
         if site.kind.name not in TABLES:
-            return [f"the rows of a {site.kind.name} are no tokens"]
+            return [f"the rows of {site.kind.noun} are no tokens"]
         return token_problems(self.tokens or (), site.shape[0]) if self.tokens else []
 
     def build(self, site: Site) -> TokenRowsOp:

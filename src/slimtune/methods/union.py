@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import SpecError
@@ -41,6 +42,8 @@ class Union(Spec):
         ['lora', 'ia3']
     """
 
+    port = "those of its members"
+
     targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
     of: tuple[Spec, ...] = field(default_factory=usual)
 
@@ -69,8 +72,6 @@ class Union(Spec):
         """Return what a model must give right after attaching: what the one member gives that does not start as the base itself."""
         from slimtune.core.fold import first_tensor
 
-        for part in self.parts():
-            if hasattr(part, "expected_start"):
-                start: Tensor = part.expected_start(model, inputs)
-                return start
-        return first_tensor(model(*inputs))
+        base = first_tensor(model(*inputs))
+        starts: list[Tensor] = [p.expected_start(model, inputs) for p in self.parts() if hasattr(p, "expected_start")]
+        return next((start for start in starts if not torch.equal(start, base)), base)

@@ -130,7 +130,7 @@ class VeRA(Spec):
         return wrong + ([] if 0 <= self.dropout < 1 else [f"dropout must be in [0, 1), not {self.dropout}"])
 
     def check(self, site: Site) -> list[str]:
-        return [] if site.kind.name == "linear" else [f"VeRA's shared matrices fit linear layers only, not a {site.kind.name}"]
+        return [] if site.kind.name == "linear" else [f"VeRA's shared matrices fit linear layers only, not {site.kind.noun}"]
 
     def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
         shared["widths"] = (max(s.a for s in sites), max(s.b for s in sites))

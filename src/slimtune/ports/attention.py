@@ -23,6 +23,8 @@ from slimtune.core.host import Slot, generalise, specialise
 from slimtune.core.kind import Kind
 from slimtune.core.plan import Plan
 from slimtune.core.state import State
+from slimtune.ports.attend import gathered
+from slimtune.ports.attend_plain import attend_plain
 from slimtune.ports.effective import effective, of_param
 from slimtune.ports.install import install
 
@@ -34,7 +36,7 @@ class AttentionKind(Kind):
     """nn.MultiheadAttention."""
 
     name = "attention"
-    ports = ("weight", "output")
+    ports = ("weight", "output", "attention")
     params = ("in_proj_weight", *SEPARATE, "out_proj")
     takes_bias = True
     drops = False
@@ -72,6 +74,10 @@ class AttentionKind(Kind):
 
     def row_dim(self, module: Any) -> int:
         return 0 if module.batch_first else 1
+
+    def key_value(self, module: Any) -> tuple[int, int, int]:
+        """Return (heads, width of a key, width of a value)."""
+        return module.num_heads, module.head_dim, module.head_dim
 
     # ---- the forward --------------------------------------------------------------------------------------------
     def forward(
@@ -138,12 +144,21 @@ class AttentionKind(Kind):
             query = query.transpose(0, 1)
             key = query if same_k else key.transpose(0, 1)
             value = key if same_v else value.transpose(0, 1)
-        y, weights = F.multi_head_attention_forward(
-            query, key, value, host.embed_dim, host.num_heads, in_weight, in_bias, host.bias_k, host.bias_v, host.add_zero_attn,
-            host.dropout, out_weight, out_bias, training=host.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
-            attn_mask=attn_mask, use_separate_proj_weight=bool(separate), average_attn_weights=average_attn_weights, is_causal=is_causal,
-            **separate,
-        )  # fmt: skip
+        pair = gathered(chain, host.slim)
+        if pair is not None:
+            weights_in = in_weight.chunk(3) if in_weight is not None else tuple(made[p][0] for p in SEPARATE)
+            biases_in = (None, None, None) if in_bias is None else in_bias.chunk(3)
+            maps = (*zip(weights_in, biases_in, strict=True), made["out_proj"])
+            y, weights = attend_plain(
+                host, pair, maps, query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights
+            )  # fmt: skip
+        else:
+            y, weights = F.multi_head_attention_forward(
+                query, key, value, host.embed_dim, host.num_heads, in_weight, in_bias, host.bias_k, host.bias_v, host.add_zero_attn,
+                host.dropout, out_weight, out_bias, training=host.training, key_padding_mask=key_padding_mask, need_weights=need_weights,
+                attn_mask=attn_mask, use_separate_proj_weight=bool(separate), average_attn_weights=average_attn_weights, is_causal=is_causal,
+                **separate,
+            )  # fmt: skip
         if turned:
             y = y.transpose(0, 1)
         after = narrow(chain, lambda op: op.port == "output")

@@ -91,7 +91,7 @@ def study(module: Any) -> Body:
 
 def _position_table(module: Any, tokens: nn.Module | None) -> tuple[int, int, bool]:
     """Return (positions, the first one, whether it counts by the mask) of a table of absolute positions outside the blocks."""
-    most = module.config.max_position_embeddings if "max_position_embeddings" in dir(module.config) else None
+    most = module.config.max_position_embeddings if hasattr(module.config, "max_position_embeddings") else None
     for path, m in module.named_modules():
         if not isinstance(m, nn.Embedding) or m is tokens or any(part.isdigit() for part in path.split(".")):
             continue
@@ -115,7 +115,7 @@ def pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     found: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
         config = module.__dict__.get("config")
-        if config is None or "is_encoder_decoder" not in dir(config) or not config.is_encoder_decoder or not hasattr(module, "get_decoder"):
+        if not hasattr(config, "is_encoder_decoder") or not config.is_encoder_decoder or not hasattr(module, "get_decoder"):
             continue
         encoder, decoder = module.get_encoder(), module.get_decoder()  # type: ignore[operator]
         apart = isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module) and encoder is not decoder

@@ -27,23 +27,32 @@ def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module
     if not chain:
         return weight, bias
     work = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    W, b = weight.to(work), None if bias is None else bias.to(work)
+    W = weight.to(work)
     for link in chain:
         plain = len(link) == 1 and link[0][1] is None
-        W0, b0 = W, b
+        W0 = W
         for op, w in link:
             for member in members(op):
                 _check(member, plain, host)
             if hasattr(op, "weight"):
                 new = op.weight(W0)  # type: ignore[operator]
                 W = new if w is None else W + w.to(work) * (new - W0)
-            if hasattr(op, "bias"):
-                new_b = op.bias(b0)  # type: ignore[operator]
-                if new_b is not None and w is not None:
-                    zero = torch.zeros_like(new_b) if b0 is None else b0
-                    new_b = (zero if b is None else b) + w.to(work) * (new_b - zero)
-                b = b if new_b is None else new_b
+    b = effective_bias(None if bias is None else bias.to(work), chain)
     return W.to(weight.dtype), None if b is None else b.to(weight.dtype)
+
+
+def effective_bias(b: Tensor | None, chain: Chain) -> Tensor | None:
+    """Return the bias after a chain; no weight has a part in it."""
+    for link in chain:
+        b0 = b
+        for op, w in link:
+            if hasattr(op, "bias"):
+                new = op.bias(b0)  # type: ignore[operator]
+                if new is not None and w is not None:
+                    zero = torch.zeros_like(new) if b0 is None else b0
+                    new = (zero if b is None else b) + w.to(new.dtype) * (new - zero)
+                b = b if new is None else new
+    return b
 
 
 def _check(op: Op, plain: bool, host: nn.Module) -> None:

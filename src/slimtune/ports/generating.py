@@ -29,12 +29,13 @@ def cached_tokens(model: nn.Module, plan: Plan) -> int:
     return most
 
 
-def check_generation(model: nn.Module, tokens: int, mode: Any, cache: Any, length: int) -> None:
+def check_generation(model: nn.Module, tokens: int, mode: Any, chunk: int | None, cache: Any, length: int) -> None:
     """Raise for ways of generating that count places of the cache as tokens.
 
     Args:
         tokens: virtual tokens in the cache.
         mode: transformers' generation mode.
+        chunk: tokens of a chunk, if the text is read in chunks.
         cache: given by the caller, or None.
         length: places that the cache needs.
     """
@@ -44,6 +45,12 @@ def check_generation(model: nn.Module, tokens: int, mode: Any, cache: Any, lengt
             "assisted generation takes back places of the cache by counting tokens, which virtual tokens upset",
             where=where,
             hint="generate without assistant_model and prompt_lookup_num_tokens",
+        )
+    if chunk is not None:
+        raise CapabilityError(
+            "a text read in chunks may begin with chunks of padding alone, after which virtual tokens would come too early",
+            where=where,
+            hint="generate without prefill_chunk_size",
         )
     if cache is None:
         return

@@ -34,8 +34,13 @@ class NormKind(Kind):
         return tuple(module.weight.shape)
 
     def widths(self, module: Any, param: str) -> tuple[int, int]:
-        d = module.weight.shape[-1]
+        weight = module._parameters.get("weight")
+        d = weight.shape[-1] if weight is not None else self.channels(module)
         return d, d
+
+    def channels(self, module: Any) -> int:
+        """Return the width of a norm without a gain."""
+        return module.normalized_shape[-1]  # type: ignore[no-any-return]
 
     def read(self, module: Any, param: str) -> Tensor:
         return module.weight  # type: ignore[no-any-return]
@@ -70,6 +75,9 @@ class GroupNormKind(NormKind):
 
     def fits(self, module: Any) -> bool:
         return isinstance(module, nn.GroupNorm)
+
+    def channels(self, module: Any) -> int:
+        return module.num_channels  # type: ignore[no-any-return]
 
     def apply(self, x: Tensor, weight: Tensor, host: Any) -> Tensor:
         return F.group_norm(x, host.num_groups, weight.to(x.dtype), None, host.eps)

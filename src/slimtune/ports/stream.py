@@ -11,7 +11,7 @@ its virtual tokens, since the decoder attends to them; a `ReaderOp` on the decod
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ def width_of(site: Site, width: int | None) -> int:
 class PromptedBlockKind(BlockKind):
     """Any module: its first tensor [B, n, d] can get virtual tokens at dim 1, if it is called with nothing else that counts tokens."""
 
-    ports = ("output", "stream")
+    ports: ClassVar[tuple[str, ...]] = ("output", "stream")
 
     def forward(self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _has(host, plan, {"stream"}):
@@ -149,7 +149,7 @@ class PromptedBlockKind(BlockKind):
 class BodyKind(BlockKind):
     """The body of a transformers model."""
 
-    ports = ("output", "stream", "reader")
+    ports: ClassVar[tuple[str, ...]] = ("output", "stream", "reader")
 
     def fits(self, module: Any) -> bool:
         return is_body(module)
@@ -377,11 +377,12 @@ def _check(facts: Body, given: dict[str, Any], at: Frame, batch: int, n: int, pa
         )
     if torch.compiler.is_compiling():
         return
-    if facts.limit and int(past) + at.P + n > facts.limit:
+    ahead = at.moved if isinstance(at.moved, int) else int(at.moved.max())
+    if facts.limit and int(past) + ahead + n > facts.limit:
         raise PlanError(
-            f"{int(past) + n} tokens and {at.P} virtual ones are more than the {facts.limit} positions of this body",
+            f"{int(past) + n} tokens and {ahead} virtual ones are more than the {facts.limit} positions of this body",
             where=where,
-            hint=f"cut the input to {facts.limit - at.P} tokens",
+            hint=f"cut the input to {facts.limit - ahead} tokens",
         )
     own = given.get("position_ids")
     if at.P and own is not None and given.get("attention_mask") is None and n > 1 and bool((own.diff(dim=-1) < 0).any()):

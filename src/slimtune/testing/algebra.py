@@ -52,8 +52,9 @@ def _same_map(s: Subject, model: nn.Module, which: Which, name: str, what: str) 
     """Assert that an adapter changes the weights as a plan does, and survives a file."""
     wanted = _values(model, which)
     got = _values(model, name)
+    bare = s.case.build()
     for key, pair in wanted.items():
-        base = s.case.build().get_submodule(key[0])
+        base = bare.get_submodule(key[0])
         slot = model.get_submodule(key[0])._modules["slim"]
         assert slot is not None, f"{what}: nothing at {key}"
         kind = slot.kind

@@ -5,45 +5,51 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimtune.core.fold import first_tensor
 from slimtune.core.plan import Which
 
 
 def with_prompts(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which) -> Tensor:
-    """Return what a body, or a decoder that reads it, must give under a plan for all rows; the model itself is disabled.
+    """Return what a body, or a decoder that reads one, must give under a plan for all rows; the model itself is disabled.
 
     Args:
         args, kwargs: what it was called with.
     """
-    given = dict(zip(_names(module), args, strict=False)) | kwargs
-    if not any(op.port == "stream" for name in which for op in module.slim.ops(name)):  # type: ignore[union-attr]
-        return first_tensor(module(**{**given, "encoder_attention_mask": None}))  # no input of a case is padded
-    tokens: dict[str, Tensor] = {name: torch.cat([op.rows(None, None) for op in module.slim.ops(name) if op.tokens]) for name in which}  # type: ignore[union-attr]
+    given = dict(zip(module.slim.facts.names, args, strict=False)) | kwargs
+    if "encoder_attention_mask" in given:
+        given["encoder_attention_mask"] = None  # no input of a case is padded, and the encoder's output is longer than its mask
+    ops = {name: [op for op in module.slim.ops(name) if op.port == "stream" and op.tokens] for name in which or ()}
+    if not any(ops.values()):
+        return first_tensor(module(**given))
+    tokens = {name: torch.cat([op.rows(None, None) for op in found]) for name, found in ops.items()}
+    prompt = torch.cat(list(tokens.values()))
     if isinstance(which, dict):
-        prompt = sum(w * tokens[name] for name, w in which.items())
-    else:
-        prompt = torch.cat(list(tokens.values()))
-    assert isinstance(prompt, Tensor)
+        prompt = torch.stack([w * tokens[name] for name, w in which.items()]).sum(0)
     x = module.get_input_embeddings()(given["input_ids"])
-    x = torch.cat([prompt.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
-    out = first_tensor(module(**{**given, "input_ids": None, "inputs_embeds": x, "attention_mask": None}))
-    kept = any(op.keep for name in which for op in module.slim.ops(name))  # type: ignore[union-attr]
-    return out if kept else out[:, len(prompt) :]
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    names: tuple[str, ...] = module.slim.facts.names  # type: ignore[union-attr, assignment]
-    return names
+    out = first_tensor(module(**{**given, "input_ids": None, "inputs_embeds": in_front(prompt, x), "attention_mask": None}))
+    return out if any(op.keep for found in ops.values() for op in found) else out[:, len(prompt) :]
 
 
 def whole_model(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Return what a disabled transformers model with one adapter of virtual tokens gives when they are put into its inputs by hand."""
-    path, op = next((path, op) for (path, _), op in model.slim_state.adapters["default"].ops.items() if op.port == "stream")
-    x = model.get_submodule(path).get_input_embeddings()(inputs[0])
-    prompt = op.rows(x, None)
-    x = torch.cat([prompt.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
-    decoder = {"decoder_input_ids": inputs[2]} if len(inputs) > 1 else {}
-    out = first_tensor(model(inputs_embeds=x, **decoder))
-    return out if decoder else out[:, -inputs[0].shape[1] :]
+    """Return what a disabled transformers model with one adapter of virtual tokens gives when they are put into its inputs by hand.
+
+    Args:
+        inputs: ids; or ids, their mask, and ids of the decoder.
+    """
+    ops = [(path, op) for (path, _), op in model.slim_state.adapters["default"].ops.items() if op.port == "stream"]
+    (path, op), *behind = ops
+    table = model.get_submodule(path).get_input_embeddings()
+    x = in_front(op.rows(None, None), table(inputs[0]))
+    if len(inputs) == 1:
+        return first_tensor(model(inputs_embeds=x))[:, -inputs[0].shape[1] :]
+    y = table(inputs[2])
+    for _, op in behind:
+        y = in_front(op.rows(None, None), y)
+    return first_tensor(model(inputs_embeds=x, decoder_inputs_embeds=y))[:, -inputs[2].shape[1] :]
+
+
+def in_front(prompt: Tensor, x: Tensor) -> Tensor:
+    """Return [B, p + n, d]."""
+    return torch.cat([prompt.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)

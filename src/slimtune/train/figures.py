@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FIGURES = ("loss", "accuracy", "learning_rate", "speed", "confusion")
+from slimtune.core.errors import SpecError
+
+FIGURES = ("loss", "accuracy", "learning_rate", "speed", "confusion", "ranks")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,44 @@ def draw_figures(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any
             lambda ax, p: _confusion(ax, p, confusion),
             (min(6.4, 2.2 + 0.6 * n), min(6.0, 1.6 + 0.55 * n)),
         )
+    ranks = results.get("adapter", {}).get("ranks")
+    if ranks:
+        names, blocks, _ = rank_table(ranks)
+        caption = "Rank of every adapted module (rows) in every block (columns) after training."
+        add("ranks", caption, lambda ax, p: _ranks(ax, p, ranks), _rank_size(len(names), len(blocks)))
     return figures
+
+
+def draw_ranks(ranks: Mapping[str, int], path: str | Path) -> Path:
+    """Draw the ranks of an adapter as a picture: modules by blocks.
+
+    Args:
+        ranks: module path -> rank, as `st.report(model).ranks()` gives them.
+        path: of the PNG file.
+
+    Raises:
+        SpecError: there are no ranks to draw.
+
+    Example:
+        >>> draw_ranks({"layers.0.q": 4, "layers.1.q": 2}, folder / "ranks.png")  # doctest: +SKIP
+    """
+    if not ranks:
+        raise SpecError("there are no ranks to draw", hint="only methods that change ranks while they train report them: AdaLoRA, ProgressiveLoRA")
+    names, blocks, _ = rank_table(ranks)
+    _draw(Path(path), LIGHT, lambda ax, p: _ranks(ax, p, ranks), _rank_size(len(names), len(blocks)))
+    return Path(path)
+
+
+def rank_table(ranks: Mapping[str, int]) -> tuple[list[str], list[int], list[list[int | None]]]:
+    """Return (module names, block numbers, rank of each name in each block) of ranks by module path."""
+    cells: dict[str, dict[int, int]] = {}
+    for path, rank in ranks.items():
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        name = path if at is None else ".".join(parts[at + 1 :]) or parts[at - 1]
+        cells.setdefault(name, {})[0 if at is None else int(parts[at])] = rank
+    blocks = sorted({b for row in cells.values() for b in row})
+    return list(cells), blocks, [[row.get(b) for b in blocks] for row in cells.values()]
 
 
 def accuracy_bars(results: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
@@ -173,6 +212,28 @@ def _bars(ax: Any, p: Palette, bars: Sequence[tuple[str, float, bool]]) -> None:
     ax.tick_params(axis="y", labelsize=9.5, colors=p.ink)
     for i, (_, value, ours) in enumerate(rows):
         ax.text(value + 0.012, i, f"{value:.3f}", va="center", fontsize=9.5, color=p.ink, fontweight="bold" if ours else "normal")
+
+
+def _rank_size(rows: int, columns: int) -> tuple[float, float]:
+    return min(9.0, 2.6 + 0.34 * columns), min(8.0, 0.9 + 0.32 * rows)
+
+
+def _ranks(ax: Any, p: Palette, ranks: Mapping[str, int]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    names, blocks, table = rank_table(ranks)
+    top = max(ranks.values(), default=1)
+    colours = LinearSegmentedColormap.from_list("one", [p.grid, p.first])
+    ax.imshow([[float("nan") if r is None else r for r in row] for row in table], cmap=colours, vmin=0, vmax=max(top, 1), aspect="auto")
+    ax.grid(False)
+    every = -(-len(blocks) // 24)
+    ax.set_xticks(range(0, len(blocks), every), [str(b) for b in blocks[::every]])
+    ax.set_yticks(range(len(names)), names)
+    if len(blocks) <= 24:
+        for i, row in enumerate(table):
+            for j, r in enumerate(row):
+                if r is not None:
+                    ax.text(j, i, str(r), ha="center", va="center", fontsize=8, color="#ffffff" if r > 0.5 * top else p.ink)
 
 
 def _confusion(ax: Any, p: Palette, confusion: Mapping[str, Any]) -> None:

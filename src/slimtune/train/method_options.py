@@ -52,7 +52,7 @@ def methods_with(option: str) -> list[str]:
 def check_options(method: str, options: dict[str, Entry], place: str) -> list[str]:
     """Return every problem of the method's name and options, each with its place in the recipe."""
     from slimtune.core.registry import methods, spec_class
-    from slimtune.core.spec import Spec, type_problem
+    from slimtune.core.spec import Spec, rich, type_problem
 
     if method == FULL:
         return []
@@ -62,8 +62,11 @@ def check_options(method: str, options: dict[str, Entry], place: str) -> list[st
     annotation = {f.name: str(f.type) for f in dataclasses.fields(spec_class(method))}
     problems = []
     for name, (value, where) in options.items():
-        if problem := type_problem(name, tuple(value) if isinstance(value, list) else value, annotation[name]):
-            problems.append(f"{where}: {problem}")
+        try:
+            if problem := type_problem(name, rich(value, annotation[name]), annotation[name]):
+                problems.append(f"{where}: {problem}")
+        except SpecError as error:  # in a spec inside this option: the members of a union
+            problems.append(f"{where}: {name}: {error.where}: {error.what}")
     if not problems:
         try:
             Spec.from_dict({"method": method, **{name: entry.value for name, entry in options.items()}})
@@ -106,6 +109,8 @@ def schema_of_options() -> dict[str, Any]:
             users.setdefault(key, []).append(name)
             for part in str(field.type).replace(" ", "").split("|"):
                 kinds.setdefault(key, set()).add(json_types.get(part, "array" if part.startswith("tuple") else "object"))
+                if part == "Spec":
+                    kinds[key].add("string")
     return {key: {"type": sorted(kinds[key]), "description": f"option of {', '.join(users[key])}"} for key in users}
 
 

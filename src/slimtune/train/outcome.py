@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slimtune.train.evaluate import Evaluation
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What training cost and left: steps, seconds, tokens, memory and disk in bytes, and what was trained."""
+    """What training cost and left: steps, seconds, tokens, memory and disk in bytes, what was trained, and ranks that changed, by path."""
 
     steps: int
     seconds: float
@@ -29,6 +29,7 @@ class Learnt:
     trainable: int
     percent: float
     modules: str
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def outcome(job: Job, spec: Any, learnt: Learnt, held_out: Sequence[Any], before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def outcome(job: Job, spec: Any, learnt: Learnt, held_out: Sequence[Any], before
             "modules": learnt.modules,
             "bytes": learnt.bytes,
             "folder": learnt.folder,
+            "ranks": learnt.ranks,
         },
         "training": {
             "steps": learnt.steps,

@@ -9,6 +9,9 @@
                        X.lora_B.weight [b, r E], columns rank by rank; the last adapted parameter of a module stands at X, the one
                        before at X.base_layer, and so on
     with a magnitude   X.lora_magnitude_vector [b], [1, b, 1, ...] of a convolution: a `DoRA` of a LoRA
+    pooled inputs      X.lora_A.weight [r, a/g] (use_qalora): read as `QALoRA`; written in our own layout, since the reference
+                       pools on GPTQ layers only, and elsewhere takes such a file for a plain LoRA of other shapes
+    trained tokens     X.token_adapter.trainable_tokens_delta: a union of a LoRA and `TrainableTokens`
     full modules, biases: see `full`
 
 A LoRA with a frozen start is written as a plain one of rank 2 r: [A; A0] and [B, -B0] with the same s.
@@ -19,12 +22,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import MismatchError
+from slimtune.core.errors import FormatError, MismatchError
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules
@@ -34,13 +38,17 @@ from slimtune.files.container import TensorFile
 from slimtune.files.layouts.base import Codec, Place, Taker, dotted
 from slimtune.files.layouts.lora_config import FIELDS, check_lora
 from slimtune.files.layouts.lora_reading import KEY, lora_places, spec_of
-from slimtune.files.layouts.modular import ModularLayout
+from slimtune.files.layouts.modular import ModularLayout, paths_of
 from slimtune.files.layouts.patterns import to_pattern, to_targets
 from slimtune.files.layouts.reading import kind_known, look_up
+from slimtune.files.layouts.trainable_tokens import INSIDE, TokensCodec, named_tables, token_places, tokens_of, untied
+from slimtune.methods.trainable_tokens import TrainableTokens
+from slimtune.methods.union import Union
 
 # Up to this version the reference adds the delta of an attention module's output projection twice (its pull request 3774), in training as well.
 # So this is what its files mean; ours hold half of B there, to mean the same.
 TWICE = (0, 21, 2)
+TOKENS = "trainable_tokens"
 
 
 class LoRACodec(Codec):
@@ -121,14 +129,26 @@ class DoRACodec(LoRACodec):
         return {**inner, "m": m.flatten() if m is not None and m.dim() > 1 and m.numel() == max(m.shape) else m}
 
 
+class QALoRACodec(LoRACodec):
+    """Names of a QA-LoRA's factors; only ever read."""
+
+    def take(self, place: Place, op: Any, module: nn.Module, kind: Kind, file: Taker) -> dict[str, Tensor | None]:
+        a, b, _ = self.names(place, kind)
+        return {"A": file.take(a), "B": file.take(b)}
+
+
+CODECS = {"lora": LoRACodec, "dora": DoRACodec, "qa_lora": QALoRACodec}
+
+
 class LoRALayout(ModularLayout):
     """peft_type LORA."""
 
     peft_type = "LORA"
-    methods = ("lora", "dora")
+    methods = ("lora", "dora", "qa_lora")  # the last only ever read
     fields = FIELDS
     key = KEY
     kinds = ("linear", "conv", "embedding", "attention")
+    besides = ("trainable_tokens",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,15 +166,28 @@ class LoRALayout(ModularLayout):
             order = [name for name in model.get_submodule(path)._parameters if name in params]
             self.depth.update({(path, name): i for i, name in enumerate(reversed(order))})
 
+    def names(self, file: TensorFile) -> dict[str, str]:
+        return {k.removesuffix(".weight") if k.endswith("lora_magnitude_vector.weight") else k: v for k, v in super().names(file).items()}
+
     def op_codec(self, method: str) -> Codec:
-        return (DoRACodec if method == "dora" else LoRACodec)(self.depth, self.twice)
+        if method == "trainable_tokens":
+            return TokensCodec(INSIDE)
+        return CODECS[method](self.depth, self.twice)
+
+    def problem(self, adapter: Adapter, model: nn.Module) -> str:
+        tokens = paths_of(adapter).get("trainable_tokens", {})
+        if any(path in self.own(adapter) for path in tokens):
+            return "a table of tokens carries a LoRA, too"
+        return super().problem(adapter, model) or untied(tokens, model)
 
     def unfit(self, adapter: Adapter, ops: dict[str, Op]) -> str:
+        if any(op.method == "qa_lora" for op in ops.values()):
+            return "the reference pools inputs on GPTQ layers only"
         if any(key.endswith("_proj_weight") and key != "in_proj_weight" for path, key in adapter.ops):
             return "it adapts separate attention projections"
+        if len({op.method for op in adapter.ops.values() if op.method in self.methods}) > 1:
+            return "its LoRAs are of several kinds"
         magnitudes: list[Any] = [op for op in ops.values() if op.method == "dora"]
-        if len(magnitudes) not in (0, len(ops)):
-            return "some of its LoRAs have a magnitude and some have none"
         if any(op.inner.method not in {"", "lora"} or not hasattr(op.inner, "up_bias") for op in magnitudes):
             return "it gives a magnitude to another method than LoRA"
         if any(op.kind.name == "conv" and op.inner.A.shape[0] != op.inner.B.shape[1] for op in magnitudes):
@@ -170,15 +203,10 @@ class LoRALayout(ModularLayout):
         all_ops: list[tuple[str, Any]] = [(path, op) for (path, _), op in adapter.ops.items() if op.method in self.methods]
         experts = [(path, op) for path, op in all_ops if op.kind.name == "experts"]
         plain = {path for path, op in all_ops if op.kind.name != "experts"}
-        dora = all_ops[0][1].method == "dora"
-        spec = lora_in(adapter.spec)
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        for path, op in all_ops:
-            lora = op.inner if dora else op
-            where = f"{path}.{op.param}" if op.kind.name == "experts" else path
-            r = lora.r * (2 if lora.A0 is not None else 1)
-            ranks[where], alphas[where] = r, _alpha(lora.scale, r, spec.rank_stabilised)
+        dora, spec = all_ops[0][1].method == "dora", lora_in(adapter.spec)
+        loras = [(f"{path}.{op.param}" if op.kind.name == "experts" else path, op.inner if dora else op) for path, op in all_ops]
+        ranks = {where: op.r * (2 if op.A0 is not None else 1) for where, op in loras}
+        alphas = {where: _alpha(op.scale, ranks[where], spec.rank_stabilised) for where, op in loras}
         r, alpha = _usual(ranks), _usual(alphas)
         params = [f"{p}.{name}" for p, m in modules.items() for name in m._parameters]
         return {
@@ -189,8 +217,9 @@ class LoRALayout(ModularLayout):
             "use_rslora": spec.rank_stabilised,
             "use_dora": dora,
             "lora_dropout": spec.dropout,
-            "lora_bias": any((op.inner if dora else op).up_bias is not None for _, op in all_ops),
+            "lora_bias": any(op.up_bias is not None for _, op in loras),
             **(to_targets(plain, list(modules)) if plain else {"target_modules": []}),
+            "trainable_token_indices": tokens_of(paths_of(adapter).get("trainable_tokens", {})) or None,
             "target_parameters": to_targets({f"{p}.{op.param}" for p, op in experts}, params)["target_modules"] if experts else None,
         }
 
@@ -200,10 +229,35 @@ class LoRALayout(ModularLayout):
         self.twice = _version(config["peft_version"]) <= TWICE
 
     def places(self, taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any]) -> list[Place]:
-        return lora_places(taker, modules, config)
+        tokens = named_tables(config["trainable_token_indices"], modules) if config["trainable_token_indices"] else {}
+        places = lora_places(taker, modules, config)
+        if config["use_qalora"]:
+            places = [self._pooled(p, modules[p.path], taker, config) for p in places]
+        return places + token_places(tokens, modules, taker, INSIDE)
+
+    def _pooled(self, place: Place, module: nn.Module, taker: Taker, config: dict[str, Any]) -> Place:
+        """Return the place as one of a QA-LoRA where the file's factor has pooled inputs: on layers that are not GPTQ the flag did nothing."""
+        kind, g = kind_known(module), config["qalora_group_size"]
+        a = LoRACodec(self.depth).names(place, kind)[0] if kind.name == "linear" else ""
+        shape = taker.shape(a) if a in taker else ()
+        pooled = len(shape) == 2 and g > 1 and shape[1] * g == kind.widths(module, place.param)[0]
+        return replace(place, method="qa_lora") if pooled else place
 
     def recipe(self, config: dict[str, Any], places: list[Place], model: nn.Module) -> Spec:
-        return spec_of(config)
+        found = {p.path: kind_known(model.get_submodule(p.path)).name for p in places}
+        if config["ensure_weight_tying"] and (config["modules_to_save"] or any(found[p.path] == "embedding" for p in places if p.method != TOKENS)):
+            raise FormatError("the adapter uses what slimtune does not do: ensure_weight_tying=True of a table that it changes as a whole")
+        tables: dict[tuple[int, ...], list[str]] = {}
+        for p in places:
+            if p.method == TOKENS:
+                tables.setdefault(tuple(sorted(p.settings["tokens"])), []).append(p.path)
+        pooled = {p.method == "qa_lora" for p in places if p.method != TOKENS}
+        if len(pooled) > 1:
+            raise FormatError("the adapter uses what slimtune does not do: use_qalora=True in some layers and not in others")
+        spec = spec_of(config, pooled=pooled == {True})
+        if not tables:
+            return spec
+        return Union(of=(spec, *(TrainableTokens(tokens=ids, targets=tuple(paths)) for ids, paths in tables.items())))
 
     def settings(self, place: Place, module: nn.Module, taker: Taker, config: dict[str, Any], spec: Spec) -> dict[str, Any]:
         kind = kind_known(module)
@@ -224,6 +278,9 @@ class LoRALayout(ModularLayout):
             A, B = taker.look(a), taker.look(b)
             wide = tuple(A.shape) == kind.layouts(module, place.param, r)[-1] and kind.adopt(A, B) is A
         scale = float(alpha) / (math.sqrt(r) if config["use_rslora"] else r)
+        if place.method == "qa_lora":  # there the mean of a group is multiplied with the number of groups
+            g = config["qalora_group_size"]
+            return {"r": r, "scale": scale * (kind.widths(module, place.param)[0] // g), "group": g, "pool": "mean"}
         return {"r": r, "scale": scale, "frozen_start": False, "up_bias": bias in taker, "wide": wide}
 
 
@@ -233,7 +290,7 @@ def _version(text: Any) -> tuple[int, ...]:
 
 def lora_in(spec: Spec) -> Any:
     """Return the LoRA inside a recipe: itself, a part of it, or what a DoRA gives a magnitude."""
-    found: Any = next(p for p in spec.parts() if p.method in {"lora", "dora"})
+    found: Any = next(p for p in spec.parts() if p.method in LoRALayout.methods)
     return found.of if found.method == "dora" else found
 
 

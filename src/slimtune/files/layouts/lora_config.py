@@ -40,7 +40,7 @@ def _token_lists(v: Any) -> bool:
 
 FIELDS = Fields(
     DEFAULTS,
-    free=frozenset({"fan_in_fan_out", "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "init_lora_weights"}),
+    free=frozenset({"corda_config", "eva_config", "fan_in_fan_out", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core"}),
     types={
         **TARGETS,
         "r": RANK,
@@ -48,6 +48,8 @@ FIELDS = Fields(
         "lora_dropout": SHARE,
         "use_rslora": FLAG,
         "use_dora": FLAG,
+        "use_qalora": FLAG,
+        "qalora_group_size": RANK,
         "lora_bias": FLAG,
         "bias": biases("lora_only"),
         "target_parameters": ("a list of names", lambda v: v is None or is_texts(v)),
@@ -66,6 +68,8 @@ def check_lora(config: dict[str, Any], path: Path, relax: frozenset[str]) -> Non
         FormatError: naming every field that cannot be carried out.
     """
     check_config(config, path, relax, FIELDS)
+    if config["use_dora"] and config["use_qalora"]:
+        raise FormatError("adapter_config.json is wrong: use_dora and use_qalora exclude each other", where=str(path.parent))
     init = config["init_lora_weights"]
     if init not in _PLAIN_INITS:
         raise FormatError(

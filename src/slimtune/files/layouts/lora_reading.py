@@ -18,11 +18,20 @@ KEY = re.compile(
 )
 
 
-def spec_of(config: dict[str, Any]) -> Spec:
+def spec_of(config: dict[str, Any], pooled: bool = False) -> Spec:
+    """Return the recipe that a config describes; what differs by module is in the settings of the ops.
+
+    Args:
+        pooled: the inputs of the file's factors are pooled (QA-LoRA).
+    """
     from slimtune.methods.dora import DoRA
     from slimtune.methods.lora import LoRA
+    from slimtune.methods.qa_lora import QALoRA
 
     where = where_to(config)
+    if pooled:
+        options = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
+        return QALoRA(**options, group=config["qalora_group_size"], pool="mean", **where)
     if config["target_parameters"]:
         targets = where["targets"]
         where["targets"] = ("experts",) if not targets else (*([targets] if isinstance(targets, str) else targets), "experts")

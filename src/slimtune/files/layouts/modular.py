@@ -30,12 +30,14 @@ class ModularLayout(Layout):
         fields: of the config.
         key: matches the names of the method's tensors; groups "path" and "tensor".
         kinds: names of the kinds of modules that the method adapts in the reference.
+        besides: methods whose ops it can hold beside its own.
         wrapped: the paths of modules that carry an op, once `prepare` ran.
     """
 
     fields: ClassVar[Fields]
     key: ClassVar[re.Pattern[str]]
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    besides: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.wrapped: set[str] = set()
@@ -79,7 +81,7 @@ class ModularLayout(Layout):
 
     def problem(self, adapter: Adapter, model: nn.Module) -> str:
         by_method = paths_of(adapter)
-        beside = {"dense", "bitfit"} if "bias" in self.fields.defaults else {"dense"}
+        beside = {"dense", *self.besides, *(["bitfit"] if "bias" in self.fields.defaults else [])}
         if set(by_method) - {*self.methods, *beside}:
             return "it holds ops of other methods"
         ops = self.own(adapter)
@@ -90,8 +92,8 @@ class ModularLayout(Layout):
             return "the reference trains no modules in full beside this method"
         if any(p == f or p.startswith(f"{f}.") for f in full for p in ops):
             return "a module is trained in full and carries an op, too"
-        if "bitfit" in by_method and adapter.spec.method == "union":
-            return "its biases are a method of their own"
+        if any(op.kind.bias(model.get_submodule(path), op.param) is None for path, op in by_method.get("bitfit", {}).items()):
+            return "it gives a bias to a module that has none"
         paths = list(base_modules(model))
         if not all(shortest(p, paths) for p in full):
             return "a fully trained module has no name of its own"

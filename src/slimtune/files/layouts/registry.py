@@ -8,23 +8,29 @@ from torch import nn
 
 from slimtune.core.errors import FormatError
 from slimtune.core.state import Adapter
+from slimtune.files.layouts.adalora import AdaLoRALayout
 from slimtune.files.layouts.base import Layout
 from slimtune.files.layouts.generic import Generic
 from slimtune.files.layouts.ia3 import IA3Layout
 from slimtune.files.layouts.ln_tuning import LayerNormLayout
 from slimtune.files.layouts.lora import LoRALayout
 from slimtune.files.layouts.prefix import PrefixLayout
+from slimtune.files.layouts.prompt import MultitaskLayout, PromptTuningLayout, PTuningLayout
 from slimtune.files.layouts.trainable_tokens import TokensLayout
 from slimtune.files.layouts.vera import VeRALayout
 
 # A method of the reference library adds its class here.
 LAYOUTS: list[type[Layout]] = [
     LoRALayout,
+    AdaLoRALayout,
     VeRALayout,
     IA3Layout,
     LayerNormLayout,
     TokensLayout,
     PrefixLayout,
+    PromptTuningLayout,
+    PTuningLayout,
+    MultitaskLayout,
 ]
 
 

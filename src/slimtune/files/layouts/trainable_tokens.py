@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import FormatError
@@ -25,6 +26,7 @@ from slimtune.files.layouts.patterns import to_targets
 from slimtune.files.layouts.reading import kind_known, module_named, where_to
 from slimtune.methods.trainable_tokens import TABLES, TokenRowsOp, TrainableTokens, input_table, tied_with, token_problems
 
+DELTA = "trainable_tokens_delta"
 INSIDE = "token_adapter"  # a LoRA's table of tokens is wrapped once more
 
 
@@ -42,7 +44,7 @@ class TokensCodec(Codec):
         return found
 
     def name(self, place: Place, tensor: str) -> str:
-        return dotted(place.path, self.inside, "trainable_tokens_delta")
+        return dotted(place.path, self.inside, DELTA)
 
 
 def is_tokens(v: Any) -> bool:
@@ -109,24 +111,36 @@ def untied(ops: Mapping[str, Any], model: nn.Module) -> str:
     return "the reference drops the bias of a tied head" if biased else ""
 
 
-def token_places(tokens: dict[str, list[int]], modules: dict[str, nn.Module], taker: Taker) -> list[Place]:
-    """Return the places of a file's tables, and of all that is tied to them.
+def token_places(tokens: dict[str, list[int]], modules: dict[str, nn.Module], taker: Taker, inside: str = "") -> list[Place]:
+    """Return the places of a file's tables, and of all that is tied to them; what the file says twice of tied ones is said once.
 
     Args:
         tokens: path -> tokens, in the order of the file's rows.
+        inside: see `TokensCodec`.
 
     Raises:
         FormatError, MismatchError: one is no table of tokens.
     """
     places: dict[str, Place] = {}
-    for path, ids in tokens.items():
+    owner: dict[str, str] = {}
+    order = {path: i for i, path in enumerate(modules)}
+    for path, ids in sorted(tokens.items(), key=lambda item: order.get(item[0], 0)):
         module = module_named(path, modules, taker.file)
+        if path in owner:  # tied to one before
+            mine, first = (dotted(p, inside, DELTA) for p in (path, owner[path]))
+            if mine in taker and not (tokens[owner[path]] == ids and first in taker and torch.equal(taker.look(mine), taker.look(first))):
+                what = f"the file has other rows for {path} than for {owner[path]}, and here the two are one table"
+                raise FormatError(what, where=str(taker.file.path), hint="is it the right base?")
+            if mine in taker:
+                taker.take(mine)
+            continue
         kind = kind_known(module)
         if kind.name not in TABLES:
             raise FormatError(f"a {type(module).__name__} has no rows for tokens", where=path, hint="is it the right base?")
         size = max(kind.shape(module, "weight")[0], max(ids) + 1)
         settings = {"tokens": ids, "size": size}
         for p in (path, *tied_with(modules[""], module)):
+            owner[p] = path
             places.setdefault(p, Place(p, "weight", "weight", "weight", "trainable_tokens", settings))
     return list(places.values())
 

@@ -1,0 +1,53 @@
+"""slimtune combine ADAPTER=WEIGHT ... --out DIR"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimtune.core.errors import SpecError
+
+
+def run(
+    adapters: list[str], out: str, how: str, density: float | None, r: int | None, energy: float | None, dense: bool, model: str | None
+) -> None:
+    """Combine adapters on the disk and save the result.
+
+    Args:
+        adapters: folders, each with "=" and its weight, or without for 1.
+        out: the new adapter's folder.
+        how, density, r, energy, dense: see `slimtune.combine`.
+        model: the base; None: the one that the first adapter names.
+
+    Raises:
+        SlimtuneError: an adapter cannot be read or combined.
+    """
+    import slimtune as st
+    from slimtune.cli.open_base import adapter_folder, name_of, open_base
+
+    weights: dict[str, float] = {}
+    folders: dict[str, Path] = {}
+    for folder, w in map(parse, adapters):
+        name = name_of(folder)
+        name = name if name not in weights else f"{name}_{len(weights) + 1}"
+        folders[name], weights[name] = adapter_folder(folder), w
+    base = open_base(parse(adapters[0])[0], model)
+    for name, path in folders.items():
+        st.load(base, path, name=name)
+    new = name_of(out) if name_of(out) not in weights else f"{name_of(out)}_new"
+    print(st.combine(base, weights, name=new, how=how, density=density, r=r, energy=energy, dense=dense))
+    print(f"saved to {st.save(base, out, name=new)}")
+
+
+def parse(text: str) -> tuple[str, float]:
+    """Return (folder, weight) of what was typed.
+
+    Raises:
+        SpecError: the weight is no number.
+    """
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise SpecError(f"{weight!r} is no weight", where=text, hint="ADAPTER=0.5") from None
