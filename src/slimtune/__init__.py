@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from slimtune.methods.bottleneck import Bottleneck
     from slimtune.methods.dense import Dense
     from slimtune.methods.lora import LoRA
+    from slimtune.ports.group_quantised import quantise
     from slimtune.savers import lean, unlean
     from slimtune.savers.trunk import cache_trunk
     from slimtune.train.vocabulary import add_tokens
@@ -46,6 +47,7 @@ _HOME = {
     "slimtune.core.spec": ("Spec",),
     "slimtune.core.tasks": ("tasks",),
     "slimtune.files.adapter": ("load", "save"),
+    "slimtune.ports.group_quantised": ("quantise",),
     "slimtune.savers": ("lean", "unlean"),
     "slimtune.savers.trunk": ("cache_trunk",),
     "slimtune.train.vocabulary": ("add_tokens",),
@@ -74,6 +76,7 @@ __all__ = [
     "merge",
     "methods",
     "param_groups",
+    "quantise",
     "reduce",
     "register",
     "report",

@@ -109,7 +109,7 @@ RECIPES = [
     Bad("dropout of one", "dropout must be in", {"dropout": 1}),
     Bad("unknown init", "init must be one of", {"init": "magic"}),
     Bad("targets as a number", "targets must be", {"targets": 3}),
-    Bad("option of another method", "is an option of lora", {"method": "bitfit", "r": None, "alpha": 2}),
+    Bad("option of another method", r"is an option of .*\blora\b", {"method": "bitfit", "r": None, "alpha": 2}),
     Bad("dead target", "'q_prj' matches no module", {"targets": "q_prj"}),
     Bad("one dead target of two", "'nothing' matches no module", {"targets": ["q_proj", "nothing"]}),
     Bad("target that is no regex", "not a valid regex", {"targets": "'re:('"}),

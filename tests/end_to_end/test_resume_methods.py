@@ -14,7 +14,7 @@ from slimtune.train.runs import read_json
 
 STEPS = 16
 METHODS: dict[str, dict[str, Any]] = {
-    "adalora": {"method": "adalora", "init_r": 6, "target_r": 3, "every": 2},
+    "adalora": {"method": "adalora", "init_r": 6, "target_r": 3, "delta_t": 2},
     "delta_lora": {"method": "delta_lora", "r": 4, "start": 7},
     "progressive": {"method": "progressive", "r": 2, "by": 2, "max_r": 6, "every": 4, "shrink_at": 11, "energy": 0.9},
     "by the loss": {"method": "progressive", "r": 2, "by": 1, "max_r": 6, "every": 0, "patience": 2, "lr": 1e-5},

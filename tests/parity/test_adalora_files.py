@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore")
 IDS = torch.arange(24).reshape(4, 6) % 13
 TOTAL, T_INIT, T_FINAL, EVERY = 24, 3, 6, 2
 SPEC = st.AdaLoRA(
-    init_r=6, target_r=3, alpha=8, t_init=T_INIT, t_final=T_FINAL, every=EVERY, total_steps=TOTAL, targets=("q_proj", "v_proj", "down_proj")
+    init_r=6, target_r=3, alpha=8, t_init=T_INIT, t_final=T_FINAL, delta_t=EVERY, total_steps=TOTAL, targets=("q_proj", "v_proj", "down_proj")
 )
 
 

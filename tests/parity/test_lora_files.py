@@ -85,6 +85,8 @@ OURS = {
     "T5": (t5, st.LoRA(r=4, targets="attention")),
     "Conv1D": (gpt2, st.LoRA(r=4)),
     "UNet": (unet, st.LoRA(r=4, targets=("attention", "mlp", "conv_in"))),
+    "and its biases": (gpt2, st.Union(of=(st.LoRA(r=4, targets="c_attn"), st.BitFit(targets="c_attn")))),
+    "and biases": (gpt2, st.Union(of=(st.LoRA(r=4, targets="c_attn"), st.BitFit(targets=("c_attn", "c_fc", "norm"))))),
     "Conv1D in full": (gpt2, st.LoRA(r=4, targets="qkv", train_modules=("mlp.c_proj",))),
     "embedding": (zoo, st.LoRA(r=4, targets=("embedding", "q"))),
     "convolutions": (zoo, st.LoRA(r=4, targets="conv")),

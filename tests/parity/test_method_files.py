@@ -94,6 +94,7 @@ OURS = {
     "VeRA, T5": (t5, st.VeRA(r=8, targets="attention"), "VERA"),
     "VeRA, head": (bert, st.VeRA(r=8, train_modules="classifier"), "VERA"),
     "VeRA, UNet": (unet, st.VeRA(r=8, layers=None, targets="attention"), "VERA"),
+    "VeRA and biases": (gpt2, st.Union(of=(st.VeRA(r=8, targets="c_attn"), st.BitFit(targets=("c_attn", "norm")))), "VERA"),
     "VeRA, layers": (llama, st.VeRA(r=8, layers="1-2"), "VERA"),
     "IA3": (llama, st.IA3(), "IA3"),
     "IA3, GPT-2": (gpt2, st.IA3(), "IA3"),
@@ -119,6 +120,8 @@ ONLY_OURS = {
     "a magnitude over VeRA": (llama, st.DoRA(of=st.VeRA(r=8))),
     "a magnitude of a grouped convolution": (zoo, st.DoRA(of=st.LoRA(r=4), targets="grouped")),
     "IA3 of an embedding": (zoo, st.IA3(targets="emb")),
+    "biases where there were none": (llama, st.Union(of=(st.LoRA(r=4), st.BitFit(missing="add", targets="q_proj")))),
+    "biases beside IA3": (gpt2, st.Union(of=(st.IA3(), st.BitFit(targets="c_attn")))),
     "biases alone": (llama, st.BitFit(missing="add")),
     "full training alone": (llama, st.Dense()),
 }
@@ -232,6 +235,30 @@ def test_old_and_new_configs(config: Any, tmp_path: Path) -> None:
     assert (output(model) - want).abs().max() < 1e-5
 
 
+def test_the_shape_of_an_ia3_vector_says_which_side_it_scales(tmp_path: Path) -> None:
+    saved(ia3(llama), tmp_path)
+    rewrite(tmp_path, feedforward_modules=["q_proj", "down_proj"])  # as many inputs as outputs, yet another vector
+    with pytest.raises(st.SlimtuneError, match=r"q_proj\.ia3_l is \[16, 1\] in the file, \[1, 16\] here"):
+        st.load(llama(), tmp_path)
+
+
+def test_a_magnitude_over_a_start_that_is_taken_away(tmp_path: Path) -> None:
+    """PiSSA keeps its start beside A and B: there a plain LoRA of twice the rank, here it goes on as it was."""
+    live = llama()
+    st.attach(live, st.DoRA(of=st.LoRA(r=2, init="pissa"), targets=("q", "v")))
+    torch.manual_seed(7)
+    for p in live.slim_state.adapters["default"].parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    want = output(live)
+    st.save(live, tmp_path)
+    assert (config_in(tmp_path)["peft_type"], config_in(tmp_path)["r"]) == ("LORA", 4)
+    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert (output(theirs) - want).abs().max() < 1e-5
+    report = st.load(mine := llama(), tmp_path, trainable=True)
+    assert (output(mine) - want).abs().max() < 1e-6
+    assert report.trainable == st.report(live).trainable
+
+
 def test_a_magnitude_under_its_longer_name(tmp_path: Path) -> None:
     want = saved(dora(llama), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -246,6 +273,7 @@ def test_a_norm_layout_with_other_modules_is_refused_by_name(tmp_path: Path) -> 
         st.load(llama(), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_bin_of_an_adapter_is_converted_with_the_line_of_the_error(tmp_path: Path) -> None:
     import subprocess
 

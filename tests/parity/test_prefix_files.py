@@ -113,7 +113,8 @@ def test_files_for_other_bases_are_refused(tmp_path: Path) -> None:
 def test_hostile_configs_are_one_error(tmp_path: Path) -> None:
     peft.get_peft_model(llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(str(tmp_path))
     good = (tmp_path / "adapter_config.json").read_text()
-    for old, new in (('"num_virtual_tokens": 3', '"num_virtual_tokens": -3'), ('"num_layers": 3', '"num_layers": "all"'), ('"PREFIX_TUNING"', '"PREFIX"')):
+    bad = {'"num_virtual_tokens": 3': '"num_virtual_tokens": -3', '"num_layers": 3': '"num_layers": "all"', '"PREFIX_TUNING"': '"PREFIX"'}
+    for old, new in bad.items():
         (tmp_path / "adapter_config.json").write_text(good.replace(old, new))
         with pytest.raises(FormatError):
             st.load(llama(), tmp_path)

@@ -20,7 +20,9 @@ transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore")
 
 P = 3
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 13, "max_position_embeddings": 32}
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 13, "max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def make(cls: str, config: str, **options: Any) -> nn.Module:
@@ -95,7 +97,8 @@ def same(got: Tensor, want: Tensor, name: str) -> None:
 def test_their_files(name: str, method: str, tmp_path: Path) -> None:
     """Their file gives their outputs here; what we save of it is again a file of theirs, with the same outputs."""
     cls, options = METHODS[method]
-    wrapped = peft.get_peft_model(MODELS[name](), getattr(peft, cls)(task_type=TASKS[name], num_virtual_tokens=P, token_dim=16, num_attention_heads=2, **options)).eval()
+    config = getattr(peft, cls)(task_type=TASKS[name], num_virtual_tokens=P, token_dim=16, num_attention_heads=2, **options)
+    wrapped = peft.get_peft_model(MODELS[name](), config).eval()
     torch.manual_seed(7)
     for p in wrapped.parameters():
         if p.requires_grad:
@@ -185,7 +188,7 @@ def test_a_file_for_another_base_is_refused(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     for other in (
         make("LlamaForCausalLM", "LlamaConfig", **{**SMALL, "hidden_size": 32}, num_key_value_heads=1),
-        make("ViTForImageClassification", "ViTConfig", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4),
+        make("ViTForImageClassification", "ViTConfig", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4),
     ):
         with pytest.raises(MismatchError) as caught:
             st.load(other, tmp_path)
@@ -207,3 +210,23 @@ def test_text_inits_do_not_matter_for_loading(tmp_path: Path) -> None:
     model = MODELS["llama"]()
     st.load(model, tmp_path)
     same(ours(model, "llama", "prompt"), theirs(wrapped.eval(), "llama", "prompt"), "llama")
+
+
+def test_a_head_that_averages_is_refused(tmp_path: Path) -> None:
+    def modernbert() -> nn.Module:
+        return make(
+            "ModernBertForSequenceClassification", "ModernBertConfig", **SMALL, num_labels=3, pad_token_id=0, cls_token_id=1, sep_token_id=2,
+            bos_token_id=1, eos_token_id=2, classifier_pooling="mean",
+        )  # fmt: skip
+
+    wrapped = peft.get_peft_model(modernbert(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(MismatchError, match="averages over the virtual tokens"):
+        st.load(modernbert(), tmp_path / "theirs")
+    model = modernbert()
+    st.attach(model, st.PromptTuning(tokens=P))
+    want = model(IDS, attention_mask=MASK).logits
+    st.save(model, tmp_path / "ours")
+    other = modernbert()
+    st.load(other, tmp_path / "ours")
+    assert torch.equal(other(IDS, attention_mask=MASK).logits, want)

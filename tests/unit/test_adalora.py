@@ -29,7 +29,7 @@ def llama() -> Any:
 
 
 SPEC = st.AdaLoRA(
-    init_r=6, target_r=3, alpha=8, t_init=T_INIT, t_final=T_FINAL, every=EVERY, total_steps=TOTAL, targets=("q_proj", "v_proj", "down_proj")
+    init_r=6, target_r=3, alpha=8, t_init=T_INIT, t_final=T_FINAL, delta_t=EVERY, total_steps=TOTAL, targets=("q_proj", "v_proj", "down_proj")
 )
 
 
@@ -73,7 +73,7 @@ def test_importance_is_that_of_the_paper() -> None:
 
 def test_ties_do_not_cut_below_the_budget() -> None:
     model = llama()
-    st.attach(model, st.AdaLoRA(init_r=4, target_r=2, total_steps=6, t_init=0, t_final=2, every=1, orthogonality=0.0, targets=("q_proj",)))
+    st.attach(model, st.AdaLoRA(init_r=4, target_r=2, total_steps=6, t_init=0, t_final=2, delta_t=1, orthogonality=0.0, targets=("q_proj",)))
     o = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)  # as in the first step of a warm-up: all scores are 0
     for t in range(1, 7):
         model(IDS, labels=IDS).loss.backward()
@@ -101,7 +101,7 @@ def test_a_trainer_brings_the_budget_to_its_end(trl: bool, tmp_path: Any) -> Non
     import transformers
 
     model = llama().float()
-    st.attach(model, st.AdaLoRA(init_r=6, target_r=2, every=1, targets=("q_proj", "v_proj")))
+    st.attach(model, st.AdaLoRA(init_r=6, target_r=2, delta_t=1, targets=("q_proj", "v_proj")))
     rows = [{"input_ids": IDS[i % 4].tolist(), "labels": IDS[i % 4].tolist()} for i in range(24)]
     options: dict[str, Any] = {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
@@ -193,7 +193,7 @@ def test_it_learns_with_the_rank_where_it_is_needed() -> None:
             layer.weight.copy_(torch.eye(16))
     target = torch.eye(16, dtype=torch.float64) + torch.randn(16, 4, dtype=torch.float64) @ torch.randn(4, 16, dtype=torch.float64) / 8
     model[1].requires_grad_(False)
-    st.attach(model, st.AdaLoRA(init_r=6, target_r=2, total_steps=300, t_init=0.2, t_final=0.4, every=5, targets=("0",)))
+    st.attach(model, st.AdaLoRA(init_r=6, target_r=2, total_steps=300, t_init=0.2, t_final=0.4, delta_t=5, targets=("0",)))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(300):
@@ -214,7 +214,7 @@ def test_experts_and_grouped_convolutions_keep_all_rows(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1)).double()
     x = torch.randn(2, 4, 5, 5).double()
-    st.attach(model, st.AdaLoRA(init_r=4, target_r=2, total_steps=6, t_init=0, t_final=2, every=1, targets=("0",)))
+    st.attach(model, st.AdaLoRA(init_r=4, target_r=2, total_steps=6, t_init=0, t_final=2, delta_t=1, targets=("0",)))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(6):
         model(x).square().mean().backward()

@@ -288,3 +288,35 @@ def test_one_row_of_several_tokens_is_not_taken_for_rows() -> None:
     model = adapted("a", "b", model=tiny.mixtral(), targets=("experts",))
     with torch.no_grad(), st.use(model, rows=["a", None, "b", "a"]), pytest.raises(PlanError):
         model(IDS[:1])
+
+
+# ---- images -------------------------------------------------------------------------------------------------------------
+def pictures(counts: list[int]) -> dict[str, torch.Tensor]:
+    """Return a batch whose rows hold so many images each."""
+    torch.manual_seed(6)
+    ids = torch.randint(3, 90, (len(counts), 12))
+    for row, n in zip(ids, counts, strict=True):
+        row[: 4 * n] = tiny.IMAGE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(sum(counts), 3, 16, 16)}
+
+
+def test_an_image_is_never_given_to_the_wrong_row() -> None:
+    """Two images in two rows are not one for each row."""
+    model = adapted("a", "b", model=tiny.llava())
+    with st.use(model, rows=["a", "b"]):
+        model(**pictures([1, 1]))
+        for counts in ([2, 0], [0, 2]):
+            with pytest.raises(PlanError, match="different numbers of images") as error:
+                model(**pictures(counts))
+            assert "vision_tower" in error.value.where
+            assert "language_model" in error.value.hint
+    with st.use(model, "a"):
+        model(**pictures([2, 0]))
+    text = adapted("a", "b", model=tiny.llava(), targets="re:model.language_model.*_proj")
+    batch = pictures([2, 0])
+    with torch.no_grad():
+        with st.use(text, rows=["a", "b"]):
+            mixed = text(**batch).logits
+        for i, name in enumerate("ab"):
+            with st.use(text, name):
+                assert torch.allclose(text(**batch).logits[i], mixed[i], atol=1e-5)

@@ -86,7 +86,9 @@ def test_a_frame_puts_everything_where_its_row_alone_has_it(causal: bool) -> Non
 
 # ---- forward ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom", "bert", "roberta", "distilbert", "deberta", "modernbert", "t5", "bart", "llava"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma3", "bloom", "bert", "roberta", "distilbert", "deberta", "modernbert", "t5", "bart", "llava"]
+)
 def test_rows_with_different_prompts_give_what_they_give_alone(name: str, side: str) -> None:
     """In a padded batch; left padding only where the bare base itself does not mind it."""
     minds = name in {"bert", "roberta", "distilbert", "deberta", "modernbert", "bart"}
@@ -134,6 +136,28 @@ def test_positions_of_the_caller_move_with_the_prompt() -> None:
             places = torch.cat([torch.arange(p), own[i] + p])[None]
             alone = model(inputs_embeds=embedded(model, ids[i], "ab"[i])[None], position_ids=places).logits[0, p:]
         assert torch.allclose(out[i], alone, atol=1e-6)
+
+
+def test_positions_in_three_dimensions() -> None:
+    """A text model inside a vision-language model has positions [3, batch, tokens], which its own model computes and goes on counting."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    special = {"image_token_id": 95, "video_token_id": 96, "vision_start_token_id": 97, "vision_end_token_id": 98}
+    model: Any = rescale(Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))).double().eval()
+    for name, p in (("a", 3), ("b", 5)):
+        assert [r.path for r in st.attach(model, st.PromptTuning(tokens=p), name=name).rows] == ["model.language_model"]
+        fill(model, name, 0.5)
+    ids, mask = padded("left")
+    with torch.no_grad(), st.use(model, rows=MIXED):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=2)
+    for i, (row, which) in enumerate(zip(TEXTS, MIXED, strict=True)):
+        model.model.rope_deltas = None  # of the batch before
+        assert out[i, L:].tolist() == continuation(model, row, which, 4), which
 
 
 def test_an_op_without_tokens_moves_positions() -> None:
@@ -190,14 +214,14 @@ def test_classes_and_sequences_train(name: str) -> None:
     labels = torch.tensor([0, 1, 1, 0]) if name == "bert" else torch.tensor([[3, 4, 1]] * 4)
     st.trainable(model, ["a", "b"])
     optimiser = torch.optim.Adam(st.param_groups(model, lr=3e-2))
-    losses = []
+    losses: list[float] = []
     with st.use(model, rows=MIXED):
         for _ in range(8):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 

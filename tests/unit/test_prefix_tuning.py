@@ -38,7 +38,8 @@ def test_merging_is_refused() -> None:
     st.attach(model, st.PrefixTuning(p=2))
     with pytest.raises(CapabilityError) as caught:
         st.merge(model)
-    assert caught.value.where and caught.value.hint
+    assert caught.value.where
+    assert caught.value.hint
 
 
 def test_numbers_of_parameters_and_layers_differ() -> None:
@@ -79,7 +80,8 @@ def test_training_the_network_goes_on_after_saving_and_from_a_checkpoint(tmp_pat
         model(**batch).logits.square().mean().backward()
         with torch.no_grad():
             for p in dict.fromkeys(p for op in made(model) for p in op.parameters()):
-                assert p.grad is not None and p.grad.abs().max() > 0
+                assert p.grad is not None
+                assert p.grad.abs().max() > 0
                 p -= 0.1 * p.grad
         return [p.detach().clone() for op in made(model) for p in op.parameters()]
 
@@ -98,7 +100,8 @@ def test_training_the_network_goes_on_after_saving_and_from_a_checkpoint(tmp_pat
         for got, w in zip(step(other), want, strict=True):
             torch.testing.assert_close(got, w, rtol=1e-9, atol=1e-12)
     config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "PREFIX_TUNING" and not config["prefix_projection"]
+    assert config["peft_type"] == "PREFIX_TUNING"
+    assert not config["prefix_projection"]
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -152,7 +155,8 @@ def test_p_tuning_v2_trains_prefix_and_head(make: Any, head: str, shape: tuple[i
     model = make()
     report = st.attach(model, st.PTuningV2(p=4, std=0.3))
     full = {row.path.split(".")[0] for row in report.rows if row.port == "weight"}
-    assert full == {head} and len(layers(report)) == model.config.num_hidden_layers
+    assert full == {head}
+    assert len(layers(report)) == model.config.num_hidden_layers
     ids, labels = torch.randint(3, 90, (8, 6)), torch.randint(0, 2, shape)
     optimiser, losses = torch.optim.Adam(st.param_groups(model, lr=0.1)), []
     for _ in range(15):

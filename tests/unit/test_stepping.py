@@ -16,6 +16,7 @@ import slimtune as st
 from slimtune.core import registry, stepping
 from slimtune.core.errors import SlimtuneError, SpecError
 from slimtune.core.state import state_of
+from slimtune.core.trained import set_values
 from slimtune.methods.lora import LoRA
 
 CALLS: list[tuple[str, str, int]] = []
@@ -235,7 +236,7 @@ def test_copies_and_files_keep_the_count_and_act_themselves(tmp_path) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        st.AdaLoRA(init_r=4, target_r=2, every=2, t_init=1, t_final=3, total_steps=12),
+        st.AdaLoRA(init_r=4, target_r=2, delta_t=2, t_init=1, t_final=3, total_steps=12),
         st.DeltaLoRA(r=2, start=4),
         st.ProgressiveLoRA(r=1, by=1, every=2, max_r=4, shrink_at=8, energy=0.5),
         st.LoRA(r=2),
@@ -337,7 +338,7 @@ def test_set_values_keeps_the_object_while_an_old_graph_lives() -> None:
     loss = (p * 2).sum()
     loss.backward()  # the graph stays alive with `loss`, as in most loops
     version = p._version
-    stepping.set_values(p, torch.full((4, 3), 5.0))
+    set_values(p, torch.full((4, 3), 5.0))
     assert p._version > version
     (p * torch.ones(4, 3)).sum().backward()
     assert p.grad is not None

@@ -377,3 +377,77 @@ def test_a_file_that_names_a_part_that_is_not_there(tmp_path: Path) -> None:
     other, _ = build({})
     with pytest.raises(MismatchError.__mro__[1], match="holds ops of 'lora'"):
         st.load(other, tmp_path / "u")
+
+
+# ---- algebra ----------------------------------------------------------------------------------------------------------
+def test_an_affine_union_converts_and_combines() -> None:
+    model, x = united("lora", "ia3", "gain", "bitfit")
+    with torch.no_grad():
+        with st.use(model, "u"):
+            full = model(x)
+        with st.use(model, None):
+            base = model(x)
+        with st.use(model, "lora"):
+            low = model(x)
+        st.convert(model, "u", to=st.LoRA(r=6), name="as_lora")
+        with st.use(model, "as_lora"):
+            torch.testing.assert_close(model(x), full)
+        st.combine(model, {"u": 0.5, "lora": 0.25}, how="svd", r=6, name="svd")
+        st.combine(model, {"u": 0.5, "lora": 0.25}, name="linear")
+        for how in ("svd", "linear"):
+            with st.use(model, how):
+                torch.testing.assert_close(model(x), base + 0.5 * (full - base) + 0.25 * (low - base))
+
+
+def test_a_union_that_is_not_affine_neither_converts_nor_combines() -> None:
+    model, _ = united("lora", "pfeiffer")
+    with pytest.raises(CapabilityError, match="BottleneckOp"):
+        st.convert(model, "u", name="x")
+    with pytest.raises(CapabilityError, match="BottleneckOp"):
+        st.combine(model, {"u": 0.5, "lora": 0.5}, how="svd", name="x")
+
+
+def test_a_union_merges_to_disk(tmp_path: Path) -> None:
+    from slimtune.testing import zoo
+
+    model: Any = zoo.bert()
+    st.attach(model, st.Union(of=(st.LoRA(r=2), st.IA3())), name="u")
+    fill(model, "u", 0.05)
+    ids = torch.randint(5, 99, (2, 6))
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        st.merge(model, "u", out=tmp_path / "m")
+        plain = type(zoo.bert()).from_pretrained(tmp_path / "m")
+        torch.testing.assert_close(plain(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_member_that_acts_while_it_trains() -> None:
+    ada = st.AdaLoRA(init_r=4, target_r=1, t_init=1, t_final=1, delta_t=1, total_steps=6)
+    model, x = build({"u": st.Union(of=(ada, st.Bottleneck()), targets="fc2")})
+    adapter = adapter_of(model, "u")
+    optimiser = torch.optim.Adam(st.param_groups(model, lr=1e-2))
+    for _ in range(6):
+        optimiser.zero_grad()
+        model(x).square().mean().backward()
+        optimiser.step()
+    assert adapter.steps == 6
+    op = op_of(model, "u")
+    assert (op.method, int((op.E != 0).sum())) == ("adalora", 1)
+    for modifier in (st.Gated, st.DoRA):
+        with pytest.raises(SpecError, match="acts while it trains"):
+            st.attach(model, modifier(of=st.AdaLoRA()), name="x")
+
+
+def test_members_share_what_they_share_with_themselves_only(tmp_path: Path) -> None:
+    spec = st.Union(of=(st.Compacter(reduction=2, n=2), st.VeRA(r=4), st.Compacter(reduction=1, n=2)), targets=("fc1", "fc2"))
+    model, x = build({"u": spec})
+    rules = [[op.rule for op in adapter_of(model, "u").ops.values() if op.part == i] for i in (0, 2)]  # type: ignore[union-attr]
+    assert [len({id(t) for t in ts}) for ts in rules] == [1, 1]
+    assert rules[0][0] is not rules[1][0]
+    want = model(x)
+    st.save(model, tmp_path / "u", name="u")
+    other, _ = build({})
+    st.load(other, tmp_path / "u")
+    torch.testing.assert_close(other(x), want)
+    again = [[op.rule for op in adapter_of(other, "u").ops.values() if op.part == i] for i in (0, 2)]  # type: ignore[union-attr]
+    assert [len({id(t) for t in ts}) for ts in again] == [1, 1]

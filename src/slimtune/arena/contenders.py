@@ -119,9 +119,10 @@ def _ln(spec: Any, steps: int) -> Any:
 def _adalora(spec: Any, steps: int) -> Any:
     from peft import AdaLoraConfig
 
+    t_init, t_final = spec.times(steps)
     same = {
-        "init_r": spec.init_r, "target_r": spec.target_r, "tinit": spec.t_init or 0, "tfinal": spec.t_final or 0, "deltaT": spec.delta_t,
-        "beta1": spec.beta1, "beta2": spec.beta2,
+        "init_r": spec.init_r, "target_r": spec.target_r, "tinit": t_init, "tfinal": t_final, "deltaT": spec.delta_t,
+        "beta1": spec.beta1, "beta2": spec.beta2, "lora_alpha": 2 * spec.init_r, "orth_reg_weight": spec.orthogonality,
     }  # fmt: skip
     return AdaLoraConfig(total_step=steps, target_modules="all-linear", **same)
 

@@ -51,12 +51,24 @@ def run(path: Path, overrides: list[str]) -> None:
     for name, text in data_lines(prepared):
         line(name, text)
     line("train", steps_text(recipe, prepared))
+    for text in memory_lines(prepared, recipe, report):
+        line("", text)
     line(
         "output",
         f"{recipe.out}: recipe.yaml, metrics.jsonl, checkpoints/, {'model' if report is None else 'adapter'}/, "
         "results.json, summary.json, environment.json, report.html, figures/",
     )
     console.print("the recipe is sound; nothing was written", style="green")
+
+
+def memory_lines(prepared: Prepared, recipe: Recipe, report: Report | None) -> list[str]:
+    """Return what each setting of `memory` keeps and costs, measured on a few blocks."""
+    from slimtune.train.method_options import build_spec
+    from slimtune.train.quiet import quiet
+    from slimtune.train.tradeoff import lines, measure
+
+    with quiet():
+        return lines(measure(prepared, recipe, build_spec(recipe, prepared.task), report), recipe.memory)
 
 
 def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:

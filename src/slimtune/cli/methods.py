@@ -27,7 +27,7 @@ def run(name: str | None) -> None:
     if name is None:
         table = Table(box=None, pad_edge=False)
         for heading in ("method", "acts on", "what it is", "options"):
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", no_wrap=heading == "method")
         for key, cls in methods().items():
             own = [f.name for f in dataclasses.fields(cls) if f.name not in _COMMON]
             table.add_row(f"[bold]{key}[/]", cls.port, escape(first_sentence(cls)), ", ".join(own))

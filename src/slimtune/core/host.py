@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import PlanError
 from slimtune.core.fold import entries
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
-from slimtune.core.plan import NameLink
+from slimtune.core.plan import NameLink, Plan
 from slimtune.core.state import State
 from slimtune.core.tap import Tap
 from slimtune.kernels.dropout import forget
@@ -170,6 +171,32 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     main = kwargs.get(key, args[0] if args else None)
     if isinstance(main, Tensor):
         plan.selectors(main.shape[0], main.device, "(the model)", type(model).__name__)
+    ids = kwargs.get("input_ids", main if key == "input_ids" else None)
+    if isinstance(ids, Tensor) and any(name.startswith(("pixel_values", "input_features", "image_", "audio_")) for name in kwargs):
+        _check_media(model, plan, ids)
+
+
+def _check_media(model: Any, plan: Plan, ids: Tensor) -> None:
+    """Raise if rows hold different numbers of images (or sounds) and an adapter sits where only these are seen, without their rows.
+
+    Raises:
+        PlanError: naming the first such module.
+    """
+    tokens = {getattr(model.config, f"{kind}_token_{end}", None) for kind in ("image", "video", "audio") for end in ("id", "index")} - {None}
+    if all(((ids == token).sum(1) == (ids[:1] == token).sum(1)).all() for token in tokens):
+        return  # the same for every row: they come in blocks
+    from slimtune.core.targets import heads
+
+    words = model.get_input_embeddings()
+    text = next((path for path, m in model.named_modules() if m is words), "").rpartition(".")[0]
+    fine = heads(model)
+    for path in (path for name in plan.names for path, _ in model.slim_state.adapter(name).ops):
+        if path and path != text and not path.startswith(f"{text}." if text else "") and path not in fine:
+            raise PlanError(
+                "the rows of this batch hold different numbers of images or sounds, so it is not known which row what this module sees belongs to",
+                where=f"{path} ({type(model.get_submodule(path)).__name__})",
+                hint=f'give each row as many, or adapt the text part alone: targets="re:{text}.*_proj"',
+            )
 
 
 def wrap_checkpoints(model: nn.Module, state: State) -> None:

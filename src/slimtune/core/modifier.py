@@ -29,7 +29,7 @@ class Modifier(Spec):
         targets, layers, exclude, train_modules: default: those of `of`.
     """
 
-    port = "that of its method"
+    port = "inner"
 
     targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
     of: Spec = field(default_factory=Spec)

@@ -17,7 +17,6 @@ random numbers draw them from seeds. Parameters that are sharded over processes 
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import threading
 import warnings
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from slimtune.core.errors import CapabilityError, SpecError
 
 if TYPE_CHECKING:
-    from slimtune.core.kind import Kind
     from slimtune.core.op import Op
     from slimtune.core.spec import Spec
     from slimtune.core.state import Adapter
@@ -152,14 +150,14 @@ def _begin(optimiser: Optimiser) -> list[tuple[Any, Step]]:
     begun = []
     for adapter in list(_WATCHED.values()):
         for part, ops in acting(adapter) if adapter.live else []:
-            trained = [p for op in ops.values() for p in op.parameters() if p.requires_grad]
+            trained = [p for op in ops.values() for p in op.parameters() if p.requires_grad and p.grad is not None]
             mine = [p for p in trained if id(p) in held]
-            if all(p.grad is None for p in mine):
+            if not mine:
                 continue
             where = f"adapter {adapter.name!r} (method {part.method})"
             if len(mine) < len(trained):
                 raise SpecError(
-                    f"{len(trained) - len(mine)} of its {len(trained)} trained parameters are not in this {type(optimiser).__name__}",
+                    f"{len(trained) - len(mine)} of its {len(trained)} parameters with a gradient are not in this {type(optimiser).__name__}",
                     where=where,
                     hint="a method that acts at optimiser steps needs one optimiser for all: give it st.param_groups(model, lr=...)",
                 )
@@ -262,67 +260,4 @@ class _Guard:
             )
 
 
-# ---- tools of methods ------------------------------------------------------------------------------------------------
-def set_values(p: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter values of another shape; the object stays, so optimisers and lists that hold it need not know."""
-    p.grad = None
-    other = torch.float32 if p.dtype == torch.float64 else torch.float64
-    fresh = torch.empty_like(values, dtype=p.dtype, device=p.device, memory_format=torch.contiguous_format)
-    p.data = torch.empty(0, dtype=other, device=p.device)  # a change of type in between makes autograd forget the old shape
-    p.data = fresh
-    with torch.no_grad():
-        p.copy_(values)  # also moves the version, which stacked copies are checked by
-
-
-def stacks(kind: Kind, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return tensors in the shapes of a low-rank pair as those of its matrices: A [G, q, k], B [G, m, q]."""
-    if kind.rank_axis == 1:
-        return A, B
-    G = max(A.shape[0], 1) // max(B.shape[1], 1)  # groups of a convolution
-    return A.reshape(G, A.shape[0] // G, math.prod(A.shape[1:])), B.reshape(G, B.shape[0] // G, B.shape[1])
-
-
-class Trained:
-    """Mixin of ops with more to a checkpoint than parameters and buffers of fixed shapes.
-
-    Attributes:
-        memory: what the method keeps between steps, by name; never in an adapter's file.
-    """
-
-    memory: dict[str, Tensor]
-
-    def training_state(self: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything that training goes on from, to the bit: tensors, and facts as JSON values."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return tensors | {f"memory.{name}": t for name, t in self.memory.items()}, self.facts()
-
-    def restore_training(self: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Take over what `training_state` gave, shapes included.
-
-        Raises:
-            KeyError, ValueError: it is that of another kind of op.
-        """
-        like = next(self.parameters())
-        self.memory = {}
-        for name in self._buffers:
-            self._buffers[name] = None
-        for name, value in tensors.items():
-            if name.startswith("memory."):
-                self.memory[name.removeprefix("memory.")] = value.to(like.device)
-            elif name in self._parameters:
-                set_values(self._parameters[name], value)
-            elif name in self._buffers:
-                self._buffers[name] = value.to(like.device)
-            else:
-                raise KeyError(name)
-        self.take_facts(facts)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what else `restore_training` needs."""
-        return {}
-
-    def take_facts(self, facts: dict[str, Any]) -> None:
-        """Take over what `facts` gave."""
-
-
-__all__ = ["Step", "Trained", "acting", "acts", "arm", "logged_losses", "planned_steps", "set_values", "stacks", "unwatch", "watch"]
+__all__ = ["Step", "acting", "acts", "arm", "logged_losses", "planned_steps", "unwatch", "watch"]

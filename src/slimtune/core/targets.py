@@ -225,18 +225,22 @@ def _compiles(pattern: str) -> None:
 
 def dead(pattern: str, found: dict[str, nn.Module], named: dict[str, nn.Module], ok: object, role: str = "target") -> TargetError:
     """Return the error for a pattern that matches nothing usable."""
-    model = f"this {type(found['']).__name__}"
+    model = type(found[""]).__name__
     if named:
         path, module = next(iter(named.items()))
+        block = kind_of(module).name == "module"  # type: ignore[union-attr]
         return TargetError(
             f"{role} {pattern!r} names only modules that cannot carry this op: {_why_not(module)}",
             where=f"{path or '(the model)'} ({type(module).__name__})",
-            hint="name the linear layers inside it" + _usable_names(found, ok),
+            hint=("name the linear layers inside it" if block else "name other modules") + _usable_names(found, ok),
         )
-    names = sorted({".".join([q for q in p.split(".") if not q.isdigit()][-1:]) for p in found if p})
-    words = [*names, *ROLES, *GROUPS, *KINDS]
-    reason = f": {model} has no {MEANING[pattern]}" + ("" if pattern in KINDS else " known by its name") if pattern in MEANING else ""
-    return TargetError(f"{role} {pattern!r} matches no module{reason}", hint=f"closest: {closest(pattern, words)}" + _usable_names(found, ok))
+    where = f"{model}, {len(found)} modules"
+    if pattern in MEANING:
+        reason = f"this {model} has no {MEANING[pattern]}" + ("" if pattern in KINDS else " known by its name")
+        return TargetError(f"{role} {pattern!r} matches no module: {reason}", where=where, hint="name modules themselves" + _usable_names(found, ok))
+    names = {".".join([q for q in p.split(".") if not q.isdigit()][-1:]) for p in found if p} - {""}
+    words = [*sorted(names), *ROLES, *GROUPS, *KINDS]
+    return TargetError(f"{role} {pattern!r} matches no module", where=where, hint=f"closest: {closest(pattern, words)}" + _usable_names(found, ok))
 
 
 def _why_not(module: nn.Module) -> str:

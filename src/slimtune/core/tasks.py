@@ -73,8 +73,7 @@ def tasks_of(state: State, batch: int, device: torch.device, expand: bool) -> Te
     if torch.compiler.is_compiling():  # context variables cannot be traced: compiled code reads what was entered last
         ids = state.block_tasks if state.block_tasks is not None else state.tasks
     else:
-        scope = _SCOPE.get()
-        ids = scope[state] if state in scope else state.tasks
+        ids = _SCOPE.get().get(state, state.tasks)
     if ids is None:
         return None
     if ids.dim() == 0:

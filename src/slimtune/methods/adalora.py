@@ -7,12 +7,13 @@ pruning. At each optimiser step t (from 1), by itself, in any training loop:
              The loss that is logged does not have this term, and clipping has happened before it.
     after    I = |w dL/dw|;  S <- b1 S + (1 - b1) I;  U <- b2 U + (1 - b2) |I - S|;  s(w) = S U           (eq. 8 to 10)
              a triplet scores s(l_i) + mean_j s(Q_ij) + mean_j s(P_ji)                                    (eq. 7)
-             every `every` steps only the budget's best triplets of all sites together keep their l, the others' become 0 (and may come back):
+             every `delta_t` steps only the budget's best triplets of all sites together keep their l, the others' become 0 (and may come back):
              all at t <= t_init; target + (all - target) (1 - (t - t_init) / (total - t_final - t_init))^3; target from total - t_final on (eq. 12)
 
 From then on the choice is settled. A file holds only the triplets that are left.
 Cost: LoRA's of rank init_r, and while the budget falls two numbers for each parameter. Cannot: learn `total_steps` in a hand-written loop.
 Under data-parallel training all processes prune alike: their gradients are the same.
+Choose it when parameters are scarce and you do not know which layers need rank: it moves rank to where the gradients ask for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
-from slimtune.core.stepping import Step, Trained, planned_steps, stacks
+from slimtune.core.stepping import Step, planned_steps
+from slimtune.core.trained import Trained, stacks
 from slimtune.methods.lora import LoRAOp
 
 EPSILON = 1e-5  # the reference adds it to the rank that it divides by
@@ -71,10 +73,11 @@ class AdaLoRAOp(Trained, LoRAOp):
         """Add the gradient of weight * (|A A^T - I| + |B^T B - I|)."""
         A, B = stacks(self.kind, self.A, self.B)
         for p, rows, back in ((self.A, A, lambda g: g), (self.B, B.mT, lambda g: g.mT)):
+            if p.grad is None:  # it had no part in this step
+                continue
             M = rows @ rows.mT - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)  # [G, q, q]
             size = M.norm(dim=(1, 2), keepdim=True)
-            g = back(2.0 * weight * (M @ rows) / size.clamp_min(torch.finfo(M.dtype).tiny)).reshape(p.shape).to(p.dtype)
-            p.grad = g if p.grad is None else p.grad.add_(g)
+            p.grad.add_(back(2.0 * weight * (M @ rows) / size.clamp_min(torch.finfo(M.dtype).tiny)).reshape(p.shape))
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Take this step's sensitivities into the smoothed ones and their uncertainty."""
@@ -168,7 +171,7 @@ class AdaLoRA(Spec):
         dropout: probability of dropping an input while training.
         t_init: optimiser steps before the first triplet goes; a float below 1 is a share of all steps.
         t_final: optimiser steps after the last one has gone, likewise.
-        every: steps between two choices.
+        delta_t: steps between two choices.
         beta1, beta2: memory of the smoothed sensitivity and of its uncertainty.
         orthogonality: gamma, the weight of the penalty.
         total_steps: optimiser steps of the whole training; None: a transformers Trainer (TRL's and `slimtune train` too) is asked by
@@ -177,8 +180,8 @@ class AdaLoRA(Spec):
 
     Example:
         >>> import slimtune as st
-        >>> st.AdaLoRA(init_r=12, target_r=8, total_steps=1000).budget(500, 1000, 120, 80)
-        82
+        >>> st.AdaLoRA(init_r=12, target_r=8, total_steps=1000).budget(300, 1000, 120, 80)
+        88
     """
 
     init_r: int = 12
@@ -187,14 +190,14 @@ class AdaLoRA(Spec):
     dropout: float = 0.0
     t_init: int | float = 0.1
     t_final: int | float = 0.4
-    every: int = 10
+    delta_t: int = 10
     beta1: float = 0.85
     beta2: float = 0.85
     orthogonality: float = 0.5
     total_steps: int | None = None
 
     def problems(self) -> list[str]:
-        counts = {k: getattr(self, k) for k in ("init_r", "target_r", "every", "total_steps")}
+        counts = {k: getattr(self, k) for k in ("init_r", "target_r", "delta_t", "total_steps")}
         wrong = [f"{k} must be at least 1, not {v}" for k, v in counts.items() if v is not None and v < 1]
         if self.target_r > self.init_r:
             wrong.append(f"target_r must not be above init_r, but {self.target_r} > {self.init_r}")
@@ -294,7 +297,7 @@ class AdaLoRA(Spec):
         if step.number < settled:
             for op in ops:
                 op.observe(self.beta1, self.beta2)
-            if step.number > first and step.number % self.every == 0:
+            if step.number > first and step.number % self.delta_t == 0:
                 self.choose(ops, self.budget(step.number, total, *ends(self, ops)))
         else:
             if step.number == settled and all(op.memory for op in ops):

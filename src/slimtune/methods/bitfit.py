@@ -2,6 +2,7 @@
 
 Paper: arXiv 2106.10199. Cost: b parameters per module, one addition; nothing is kept for backward.
 Cannot: change a weight (converting it to a LoRA is not defined).
+Choose it when the model has biases and a file must be tiny; a good first baseline for encoders.
 """
 
 from __future__ import annotations

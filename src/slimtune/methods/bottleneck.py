@@ -4,6 +4,7 @@ Papers: after each feed-forward (Pfeiffer) arXiv 2005.00247; the block itself, a
 beside a sub-block, from its input (`Parallel`) arXiv 2110.04366. up starts at zero.
 Cost per site of width b and bottleneck m: 2 b m + b + m parameters (with a norm before or after, 2 b more each), 4 n b m FLOPs; kept for
 backward: y, the bottleneck [n, m]. Cannot: merge (it is not affine), convert to a LoRA.
+Choose it when many tasks share one base that is served unmerged, and a nonlinear adapter is worth its extra step.
 """
 
 from __future__ import annotations

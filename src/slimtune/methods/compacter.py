@@ -5,6 +5,7 @@ Paper: arXiv 2106.04647 (eq. 4 to 6): the small A_i [n, n] are shared by both pr
 Cost per site of width b and bottleneck m: 2 r (b + m) + b + m parameters, and n^3 for all sites together; 2 n_tokens r (b + m) (1 + n / m)
 FLOPs or so, as no W is formed; kept for backward as by `Bottleneck`, and r n numbers for each token and projection.
 Cannot: merge (it is not affine), convert to a LoRA, sit where n does not divide the width.
+Choose it when bottleneck adapters do the job but their files must be several times smaller.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ With u = B + lambda [B] and v = (A + lambda [A]) / (1 + lambda), where [.] gets 
 of B A alone; so the forward is one low-rank product of rank 2 r (r, if B_k A_k = 0).
 
 Cost: LoRA's parameters; 4 n r (a + b) FLOPs forward, 2 r (a + b) more numbers kept. Cannot: drop inputs.
+Choose it when a LoRA of the rank you can afford learns too little: the update keeps growing beyond that rank while it trains.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from slimtune.core.errors import SpecError
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.state import Adapter
-from slimtune.core.stepping import Step, Trained
+from slimtune.core.stepping import Step
+from slimtune.core.trained import Trained
 from slimtune.methods.lora import LoRA, LoRAOp
 
 

@@ -2,6 +2,7 @@
 
 Cost: as many parameters as the module has; the delta form lets it merge, subtract, sum and differ by row like any other op.
 In files the full weight stands (the reference library's `modules_to_save`), so that it fits a head that starts at random.
+Choose it when a whole module must change, such as a new head, or as the yardstick for everything smaller.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Paper: arXiv 2402.09353; the norm gets no gradient (section 4.3). m starts as |W
 Cost: b more parameters per site. For a low-rank dW the norm is taken in Gram form,
 |W_i + s B_i A|^2 = |W_i|^2 + 2 s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T, without any [b, a] temporary: 2 b a r FLOPs, |W_i|^2 cached.
 Cannot: be part of a weighted sum (it rescales the weight it finds); stacks are fine.
+Choose it when LoRA at a small rank falls short of full fine-tuning and a somewhat slower step is acceptable.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ token has its own, so that no token sees later ones or padding, and generating s
     g [K; V], g = sigmoid(c)     keys and values of a prefix: they are made before any token is seen, so their gate is one number per layer
 v and c are zero at the start: g = 1/2. Cost: a + 1 parameters per site of input width a, 2 n a FLOPs.
 Cannot: merge (the gate depends on the input); modify a method that replaces the output (DoRA) or acts at training steps (AdaLoRA).
+Choose it when several methods act together and each layer should learn how much of each it needs.
 """
 
 from __future__ import annotations

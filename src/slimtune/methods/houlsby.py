@@ -3,6 +3,7 @@
 Paper: arXiv 1902.00751 (section 2.1: twice in each layer, before the residual is added). The block, its cost and what it cannot do are
 those of `slimtune.methods.bottleneck`, at twice as many sites. The layers' own norms stay frozen: train them too with a
 union, st.Union(of=(st.Houlsby(), st.LNTuning())).
+Choose it when the data are many and one adapter a block (Pfeiffer) is not enough.
 """
 
 from __future__ import annotations

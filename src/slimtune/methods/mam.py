@@ -2,6 +2,7 @@
 
 Paper: arXiv 2110.04366 (section 4.6: l = 30 keys and values, bottleneck 512 at width 1024, s = 4). Cost and limits: those of
 `slimtune.methods.prefix_tuning` and `slimtune.methods.parallel`. Cannot: merge.
+Choose it when quality counts more than serving cost and the model will stay unmerged.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Paper: arXiv 2405.12130. Sharing (eq. 6): the a inputs are summed in r' groups, 
 Rotation (eq. 9): x is cut into chunks of r', chunk i is rotated by the angles i theta_k, theta_k = 10000^(-2k/r') (as rotary positions), and M
 maps each: chunk t of the longer side joins chunk t mod n of the shorter, which is the paper's form where a = b.
 Cost: r'^2 parameters, no more than LoRA's r (a + b); 2 n r'^2 FLOPs (rotation: times the chunks). Linear, so it merges. M starts at zero.
+Choose it when the task is to remember much that is new, where a low rank is the bottleneck.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 Paper: arXiv 2303.02861, equation 1 (r = 1). At the start U_k V_k is one everywhere, so every task begins with P.
 Cost: p d + T r (p + d) parameters; p more tokens in every forward. Which row is of which task says `st.tasks`.
 Cannot: merge.
+Choose it when several related tasks have little data each and can learn from one another.
 """
 
 from __future__ import annotations

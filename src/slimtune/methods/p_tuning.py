@@ -5,6 +5,7 @@
 
 Paper: arXiv 2103.10385. Cost while training: p d + 2 h d + h^2 parameters (MLP), after loading p d; p more tokens in every forward.
 Cannot: merge; go on training the network after a file was loaded (the virtual tokens themselves train on).
+Choose it when prompt tuning is too unstable: a small network makes the prompt and is thrown away afterwards.
 """
 
 from __future__ import annotations

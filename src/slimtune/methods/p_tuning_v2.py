@@ -4,6 +4,7 @@ Paper: arXiv 2110.07602. The op is that of prefix tuning (softmax(q [K; k]^T) [V
 the preset: every layer of encoders and decoders alike, long prompts (the paper takes 20 to 100), a head for sequences or tokens in
 place of words that stand for classes, and the network that makes the prompts only where it is asked for.
 Cost: as prefix tuning, plus the head's own parameters. Cannot: merge, start as the base itself.
+Choose it when a frozen encoder or decoder must classify or tag, and its weights must not be touched.
 """
 
 from __future__ import annotations

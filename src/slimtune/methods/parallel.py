@@ -4,6 +4,7 @@ Paper: arXiv 2110.04366 (section 4.2; "scaled parallel": s = 4 on the feed-forwa
 query projection or the first layer of the feed-forward, wherever those are (see `slimtune.core.blocks`).
 Cost per site of input width a, output width b and bottleneck m: m (a + b) + m + b parameters, 2 n m (a + b) FLOPs; kept for backward: x, which
 the sub-block keeps anyway unless it is frozen too, and the bottleneck [n, m]. Cannot: merge (it is not affine), convert to a LoRA.
+Choose it when a bottleneck adapter should see the sub-block's input: in its paper the best placement for generation.
 """
 
 from __future__ import annotations

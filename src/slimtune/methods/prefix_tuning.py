@@ -5,6 +5,7 @@ Paper: arXiv 2101.00190. Directly, K and V [p, heads, width] of each layer; or, 
 Positions: tokens come after the prefix, as in the reference's files, and the prefix itself carries no rotation.
 Cost per layer: 2 p heads width parameters and 4 n p width FLOPs for each query head; no weight changes, the cache is as before.
 Cannot: merge (what it adds to an attention depends on the query), start as the base itself (a new key takes its share of the softmax).
+Choose it when weights must stay untouched while one batch serves many users, and prompt tuning is too weak.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 Growing in rank is akin to ReLoRA (arXiv 2307.05695), which merges instead; shrinking is the truncated SVD (Eckart-Young).
 When: at given optimiser steps, when the loss stalls (`patience`, where a transformers Trainer logs a loss), or when `grow` or `shrink` is called.
 Cost: that of a LoRA of the present rank. Cannot: change its rank under DistributedDataParallel, which lays out its buckets once.
+Choose it when you do not know the rank: start small, grow while it helps, shrink at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from slimtune.core.errors import CapabilityError, SpecError
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.state import Adapter, state_of
-from slimtune.core.stepping import Step, Trained, logged_losses, set_values, stacks
+from slimtune.core.stepping import Step, logged_losses
+from slimtune.core.trained import Trained, set_values, stacks
 from slimtune.methods.lora import LoRA, LoRAOp
 
 STARTS = ("kaiming", "gaussian", "orthogonal")  # those that need no frozen copy of a fixed rank

@@ -4,6 +4,7 @@
 
 Paper: arXiv 2104.08691. Cost: p d parameters, and p more tokens in every forward (attention: n p + p^2 more pairs; the cache holds them).
 Cannot: merge (no weight does the same), go where no embedded tokens are read (vision, speech, diffusion).
+Choose it when the model is large and must stay byte for byte as it is: a task is a few kilobytes in front of the input.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ A starts uniform, within 1 / sqrt(a) for a sum, so that A pool(x) is as large as
 1 / sqrt(a / g) for a mean. B starts at zero.
 Cost per map [b, a]: r (a / g + b) parameters, 2 n r (a / g + b) FLOPs; kept for backward: pool(x) [n, a / g], not x.
 Cannot: sit on anything but a linear map; tell the inputs of a group apart.
+Choose it when the model is served in 4 bits and the adapter must become part of it without rounding.
 """
 
 from __future__ import annotations

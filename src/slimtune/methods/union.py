@@ -2,6 +2,7 @@
 
 Each member keeps its own places and options; places given to the union itself are those of every member. Cost: the sum of the members'.
 Cannot: what one of its members cannot; it merges only if all of them do.
+Choose it when two methods complete each other and should be trained, saved and switched as one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Union(Spec):
         ['lora', 'ia3']
     """
 
-    port = "those of its members"
+    port = "several"
 
     targets: str | tuple[str, ...] | None = None  # type: ignore[assignment]
     of: tuple[Spec, ...] = field(default_factory=usual)

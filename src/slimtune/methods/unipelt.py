@@ -2,6 +2,7 @@
 
 Paper: arXiv 2110.07577 (section 3.2, and 4.1 for sizes: rank 8, prefix of 10, bottleneck 48 at width 768). What the gates read, and how they
 differ from the paper's, stands in `slimtune.methods.gated`. Cost: the sum of the three and a + 1 parameters for each gate. Cannot: merge.
+Choose it when you cannot tell which of LoRA, prefix and adapter suits the task: gates find out layer by layer.
 """
 
 from __future__ import annotations

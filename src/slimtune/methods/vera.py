@@ -2,6 +2,7 @@
 
 Paper: arXiv 2310.11454. A [r, max a] and B [max b, r] are sliced to each layer and kept as a seed: they are made again on load.
 Cost: r + b parameters per site and one shared A, B per adapter. A product like LoRA's with rank r (usually 256).
+Choose it when thousands of adapters must be stored: a file holds two vectors a layer.
 """
 
 from __future__ import annotations

@@ -16,5 +16,6 @@ from slimtune.ports.stream import BodyKind, PromptedBlockKind
 
 KINDS: list[Kind] = [
     Linear4bitKind(), Linear8bitKind(), GroupLinearKind(), Conv1DKind(), LinearKind(), ConvKind(1), ConvKind(2), ConvKind(3), EmbeddingKind(),
-    AttentionKind(), ExpertsKind(), UnknownExpertsKind(), LayerNormKind(), GroupNormKind(), RMSNormKind(), AttendKind(), BodyKind(), PromptedBlockKind(),
+    AttentionKind(), ExpertsKind(), UnknownExpertsKind(), LayerNormKind(), GroupNormKind(), RMSNormKind(), AttendKind(), BodyKind(),
+    PromptedBlockKind(),
 ]  # fmt: skip

@@ -49,7 +49,7 @@ class AttendKind(BlockKind):
     """A module whose forward asks transformers' registry for its attention function."""
 
     name = "attention layer"
-    ports: tuple[str, ...] = ("output", "attention")  # type: ignore[misc]
+    ports = ("output", "attention")
 
     def __reduce__(self) -> Any:
         return _again, ()  # another process has to connect as well

@@ -18,7 +18,7 @@ Affine = tuple[Tensor, Tensor | None]
 
 
 def attend_plain(
-    host: Any, pair: tuple[Tensor, Tensor], maps: tuple[Affine, Affine, Affine, Affine], query: Tensor, key: Tensor, value: Tensor,
+    host: Any, pair: tuple[Tensor, Tensor], maps: tuple[Affine, ...], query: Tensor, key: Tensor, value: Tensor,
     key_padding_mask: Tensor | None, attn_mask: Tensor | None, need_weights: bool, average: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attend, sequence first.
@@ -33,7 +33,8 @@ def attend_plain(
         SiteError: the module adds keys of its own.
     """
     if host.bias_k is not None or host.add_zero_attn:
-        raise SiteError("add_bias_kv and add_zero_attn leave no place for more keys and values", where=host.slim.path, hint="leave it out with exclude=")
+        what = "add_bias_kv and add_zero_attn leave no place for more keys and values"
+        raise SiteError(what, where=host.slim.path, hint="leave it out with exclude=")
     flat = query.dim() == 2
     if flat:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))

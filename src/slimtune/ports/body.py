@@ -114,7 +114,7 @@ def pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Return (encoder, decoder) of every encoder-decoder inside a model."""
     found: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         if not hasattr(config, "is_encoder_decoder") or not config.is_encoder_decoder or not hasattr(module, "get_decoder"):
             continue
         encoder, decoder = module.get_encoder(), module.get_decoder()  # type: ignore[operator]

@@ -6,7 +6,7 @@ y = x W^T + bias, W [b, a], x [..., a].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ class BlockKind(Kind):
     """Any module whose output starts with a tensor: a place for output ops only."""
 
     name = "module"
-    ports = ("output",)
+    ports: ClassVar[tuple[str, ...]] = ("output",)
 
     def fits(self, module: Any) -> bool:
         return True

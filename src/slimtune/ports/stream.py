@@ -2,6 +2,10 @@
 
     x [n, d] -> [e_1 .. e_p, x_1 .. x_n] -> body -> its hidden states of x alone
 
+Heads, labels and losses lie outside of the body and keep the user's length; what follows the last virtual token is not predicted, as the first
+token never is. A pooler inside the body (BERT) reads the first virtual token; a head outside that reads the first place (RoBERTa) reads the
+first real token, unless the op has `keep`: then the virtual tokens stay in the output, as they do in the reference library.
+
 Plans mean: a stack puts prompts one after the other, a weighted sum adds prompts of one length, rows may have prompts of different lengths or
 none (`ports.frame`). With a cache the virtual tokens enter it at the first call; later calls only extend mask and positions. An op with
 `shift` moves positions without adding tokens: prefix tuning keeps its keys in front of everything. The encoder of an encoder-decoder keeps

@@ -110,7 +110,7 @@ def learns(b: Bench) -> str:
         params = [p for p in dict.fromkeys(adapter_of(model, "a").parameters()) if p.grad is not None]
         square = sum(float(p.grad.square().sum()) for p in params if p.grad is not None)
         assert square > 0, "no gradient reaches the adapter at its start"
-        torch.optim.SGD(params, lr=share * float(loss) / square).step()
+        torch.optim.SGD(st.param_groups(model, lr=share * float(loss) / square)).step()
         with torch.no_grad():
             after = b.model.run(model, batch)
         if float(loss_of(after)) < float(loss):

@@ -72,7 +72,7 @@ def refusal(spec: Spec, model: Architecture) -> str:
         return ""
     except SlimtuneError as error:
         caught = error
-    with refused(SlimtuneError, what=f"{type(spec).__name__} on {model}"):
+    with refused(SlimtuneError, what=f"{type(spec).__name__} on {model}", place=True):
         raise caught
     assert bits(made) == before, "the refused attach changed the model"
     assert classes(made) == kinds, "the refused attach changed classes"

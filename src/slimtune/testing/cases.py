@@ -237,7 +237,7 @@ def _llama(dtype: torch.dtype) -> nn.Module:
 def _bert(dtype: torch.dtype) -> nn.Module:
     from transformers import BertConfig, BertForTokenClassification
 
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=128,
         num_labels=7, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def _bert(dtype: torch.dtype) -> nn.Module:
 def _t5(dtype: torch.dtype) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
+    config = T5Config(  # type: ignore[call-arg]
         d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=50, dropout_rate=0.0, use_cache=False, pad_token_id=0,
         eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip

@@ -53,7 +53,7 @@ with st.disabled(model):
 
 def call(cls: type[Spec]) -> str:
     """Return the expression that makes a spec for the example, with the options that its own docstring says it needs."""
-    return f"st.{cls.__name__}()"
+    return f"st.{cls.__name__}(total_steps=3)" if hasattr(cls, "scheduled") else f"st.{cls.__name__}()"
 
 
 def facts(name: str) -> dict[str, Any]:

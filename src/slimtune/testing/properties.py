@@ -6,6 +6,7 @@ Where a method lacks the capability a property needs, the property is that askin
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import pickle
@@ -332,19 +333,31 @@ def folded(
             y = with_prefixes(model, module, args, kwargs, which)
         else:
             y = through_weights(model, module, args, kwargs, which, at_weights) if inside else first_tensor(module(*args, **kwargs))
-        if any(hasattr(op, "enter") for op in mine):  # only a quantised base gets here: its linear maps can be replayed
+        if s.case.quantised and any(hasattr(op, "enter") for op in mine):  # a layer in 8 bits rounds its input: not to be called twice
             return replayed(module, mine, which, x)
 
-        def after(y: Tensor, ops: list[Any]) -> Tensor:
+        def after(base: Callable[[Tensor], Tensor], ops: list[Any]) -> Callable[[Tensor], Tensor]:
+            """Return a map after ops have acted on it, one by one."""
             for i, op in enumerate(ops):
-                before = [[(o, None)] for o in ops[:i]]
                 if op.port == "output" or not (inside or prefixed):
-                    y = op.turn(x, y, module, before) if hasattr(op, "turn") else y + op.run(inputs[op.entrance] if op.entrance else x, y, module)
-            return y
+                    base = functools.partial(acted, module, op, base, [[(o, None)] for o in ops[:i]], inputs)
+            return base
+
+        def plain(v: Tensor) -> Tensor:
+            return y if v is x else first_tensor(module(v))
 
         if isinstance(which, dict):
-            return y + sum(w * (after(y, module.slim.ops(name)) - y) for name, w in which.items())  # type: ignore
-        return after(y, mine)
+            return y + sum(w * (after(plain, module.slim.ops(name))(x) - y) for name, w in which.items())
+        return after(plain, mine)(x)
+
+
+def acted(module: Any, op: Any, base: Callable[[Tensor], Tensor], before: Any, inputs: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return what one op makes of a map at x."""
+    y = base(op.enter(x, module) if hasattr(op, "enter") else x)
+    if hasattr(op, "turn"):
+        turned: Tensor = op.turn(x, y, module, before)
+        return turned
+    return y + op.run(inputs[op.entrance] if op.entrance else x, y, module) if hasattr(op, "run") else y
 
 
 def at_weights(op: Op) -> bool:

@@ -39,7 +39,7 @@ def by_the_book(model: nn.Module, pairs: Pairs) -> Iterator[None]:
 
         return attend
 
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
     plain = {m: pair for m, pair in pairs.items() if isinstance(m, nn.MultiheadAttention)}
     for m, pair in plain.items():
         m.__dict__["forward"] = functools.partial(_attend_torch, m, *pair)

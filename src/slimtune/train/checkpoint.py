@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import FileError, FormatError
 from slimtune.core.state import state_of
-from slimtune.core.stepping import Trained
+from slimtune.core.trained import Trained
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"

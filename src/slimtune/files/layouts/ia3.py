@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimtune.core.errors import MismatchError
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules
@@ -30,16 +31,23 @@ class IA3Codec(Codec):
     """One vector l."""
 
     def put(self, place: Place, op: Any, module: nn.Module, kind: Kind) -> dict[str, Tensor]:
-        l = op.l.detach()
-        if kind.name == "conv":
-            l = l.view(1, -1, *[1] * (len(op.shape) - 2))
-        else:
-            l = l[None] if isinstance(op, ScaleInput) else l[:, None]
-        return {self.name(place, "l"): l}
+        return {self.name(place, "l"): op.l.detach().view(self._shape(op, kind))}
 
     def take(self, place: Place, op: Any, module: nn.Module, kind: Kind, file: Taker) -> dict[str, Tensor | None]:
         l = file.take(self.name(place, "l"))
-        return {"l": l.flatten() if l is not None and l.numel() == max(l.shape, default=0) else l}
+        if l is None or tuple(l.shape) == self._shape(op, kind):
+            return {"l": None if l is None else l.flatten()}
+        raise MismatchError(
+            f"{self.name(place, 'l')} is {list(l.shape)} in the file, {list(self._shape(op, kind))} here",
+            where=str(file.file.path),
+            hint="is it the right base, and does `feedforward_modules` belong to this file?",
+        )
+
+    def _shape(self, op: Any, kind: Kind) -> tuple[int, ...]:
+        n = op.l.numel()
+        if kind.name == "conv":
+            return (1, n, *[1] * (len(op.shape) - 2))
+        return (1, n) if isinstance(op, ScaleInput) else (n, 1)
 
     def name(self, place: Place, tensor: str) -> str:
         return dotted(place.path, "ia3_l")

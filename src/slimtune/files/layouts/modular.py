@@ -129,7 +129,7 @@ class ModularLayout(Layout):
         heads = HEADS.get(about["task_type"] or "", set()) & {p.rpartition(".")[2] for p in modules}
         saved = {part for p in full for part in p.split(".")}
         if any(part in heads for path in wanted for part in path.split(".")) or heads - saved:
-            about |= {"task_type": None}  # under this task the reference trains its head in full, and wants it in the file
+            about = about_model(model, tasked=False)  # under this task the reference trains its head in full, and wants it in the file
         out: dict[str, Any] = {"inference_mode": True, **about}
         if "modules_to_save" in has:
             out["modules_to_save"] = sorted(str(shortest(p, list(modules))) for p in full) or None

@@ -5,12 +5,13 @@
     reference rank pattern k regex: (.*\\.)?(k) matches the whole path  ours: re:(.*\\.)?(k)
 
 Writing goes from facts, not from patterns: the paths that really carry ops are known, and the shortest form that gives just these is
-taken: suffixes; suffixes in chosen layers; full paths; one regex.
+taken: last names; last names in chosen layers; endings of paths; one regex.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -62,8 +63,10 @@ def to_targets(wanted: Collection[str], paths: Collection[str], layers: bool = T
     numbers = {layer_number(p) for p in wanted}
     if layers and None not in numbers and {p for p in named if layer_number(p) in numbers} == wanted:
         return {"target_modules": short, "layers_to_transform": sorted(n for n in numbers if n is not None)}
-    if named_by(wanted, paths) == wanted:
-        return {"target_modules": sorted(wanted)}
+    every, ours = (Counter(end for p in group for end in _ends(p)) for group in (paths, wanted))
+    minimal = {next((end for end in _ends(p) if every[end] == ours[end]), "") for p in wanted}  # the shortest that names no other path
+    if "" not in minimal:
+        return {"target_modules": sorted(minimal)}
     return {"target_modules": "|".join(re.escape(p) for p in sorted(wanted))}
 
 

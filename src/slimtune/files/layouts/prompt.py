@@ -121,6 +121,8 @@ class PromptLayout(Layout):
             return "the reference runs no prompt on such a model"
         if len(bodies) != 1 or list(bodies) != [path for path in ops if path not in readers]:
             return "there is more than one body, or another one has the prompt"
+        if averages(model):
+            return "the reference averages over virtual tokens, too"
         if not readers and next(iter(ops.values())).keep is not first_place(model):
             return "a head that reads the first place would read another one in the reference"
         self.behind = next((op for path, op in ops.items() if path in readers), None)
@@ -129,7 +131,8 @@ class PromptLayout(Layout):
                 return "the reference uses no virtual tokens of a decoder with this method"
             if not torch.equal(self.behind.v, next(iter(ops.values())).v):
                 return "encoder and decoder have one prefix_task_rows in the reference"
-        return "" if self.saved(adapter, model) is not None else "the reference wants the whole head of a classifier in the file, and names for the rest"
+        whole = self.saved(adapter, model) is not None
+        return "" if whole else "the reference wants the whole head of a classifier in the file, and names for the rest"
 
     def saved(self, adapter: Adapter, model: nn.Module) -> list[str] | None:
         """Return `modules_to_save`: names of the modules that are trained in full; None if there are none that say just this.
@@ -192,6 +195,12 @@ class PromptLayout(Layout):
                 + ", ".join(f"{w} ({path or 'itself'})" for path, w in wide.items()),
                 where=str(file.path),
                 hint="is it the right base?",
+            )
+        if averages(model):
+            raise MismatchError(
+                "in the reference the head of this classifier averages over the virtual tokens, too, which it does not here",
+                where=f"classifier_pooling='mean' of {type(model).__name__}",
+                hint="train a prompt here: st.attach(model, st.PromptTuning())",
             )
         modules = base_modules(model)
         saved = config["modules_to_save"] or []
@@ -265,6 +274,12 @@ class MultitaskLayout(PromptLayout):
 
     def recipe(self, config: dict[str, Any], **common: Any) -> Spec:
         return MultitaskPromptTuning(tasks=config["num_tasks"], r=config["num_ranks"], **common)
+
+
+def averages(model: nn.Module) -> bool:
+    """Tell whether the head of a classifier averages over all places."""
+    config: Any = model.__dict__.get("config")
+    return about_model(model)["task_type"] == "SEQ_CLS" and hasattr(config, "classifier_pooling") and config.classifier_pooling == "mean"
 
 
 def first_place(model: nn.Module) -> bool:

@@ -25,9 +25,13 @@ def task_type(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
-def about_model(model: nn.Module) -> dict[str, Any]:
-    """Return the config fields that describe the base."""
-    task, cls = task_type(model), base_class(model)
+def about_model(model: nn.Module, tasked: bool = True) -> dict[str, Any]:
+    """Return the config fields that describe the base.
+
+    Args:
+        tasked: whether to name its task; the reference gives some tasks a trained head.
+    """
+    task, cls = task_type(model) if tasked else None, base_class(model)
     config = model.__dict__.get("config")
     name = config.__dict__.get("_name_or_path") if config is not None and hasattr(config, "__dict__") else None
     return {
