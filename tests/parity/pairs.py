@@ -162,7 +162,7 @@ def ours_and_back(make: Any, spec: st.Spec, folder: Path, peft_type: str) -> nn.
 def _sorted(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with its lists in one order: the reference keeps some as sets, and adds the names that a task's head may have."""
     lists = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in config.items()}
-    return lists | ({"modules_to_save": "heads"} if config["task_type"] == "SEQ_CLS" else {})
+    return lists | ({"modules_to_save": "heads"} if config["task_type"] in {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"} else {})
 
 
 def config_in(folder: Path) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _check_media(model: Any, plan: Plan, ids: Tensor) -> None:
         PlanError: naming the first such module.
     """
     tokens = {getattr(model.config, f"{kind}_token_{end}", None) for kind in ("image", "video", "audio") for end in ("id", "index")} - {None}
-    if all(((ids == token).sum(1) == (ids[:1] == token).sum(1)).all() for token in tokens):
+    if all((ids.eq(token).sum(1) == ids[:1].eq(token).sum(1)).all() for token in tokens):
         return  # the same for every row: they come in blocks
     from slimtune.core.targets import heads
 

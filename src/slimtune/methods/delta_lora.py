@@ -8,7 +8,7 @@ With u = B + lambda [B] and v = (A + lambda [A]) / (1 + lambda), where [.] gets 
 of B A alone; so the forward is one low-rank product of rank 2 r (r, if B_k A_k = 0).
 
 Cost: LoRA's parameters; 4 n r (a + b) FLOPs forward, 2 r (a + b) more numbers kept. Cannot: drop inputs.
-Choose it when a LoRA of the rank you can afford learns too little: the update keeps growing beyond that rank while it trains.
+Choose it when a LoRA that you can afford learns too little: each of its steps moves the base as well (the sum still has rank 2 r at most).
 """
 
 from __future__ import annotations

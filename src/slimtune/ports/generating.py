@@ -10,7 +10,7 @@ from slimtune.core.errors import CapabilityError, PlanError
 from slimtune.core.host import Slot
 from slimtune.core.plan import Plan
 from slimtune.core.state import State
-from slimtune.ports.stream import at_port, measure
+from slimtune.ports.virtual import at_port, measure
 
 
 def prompting(state: State, plan: Plan) -> bool:
