@@ -60,6 +60,9 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
         model = get_peft_model(model, config)
         if who.name == "adalora":
             each_step = model.base_model.update_and_allocate
+            for name, p in model.named_parameters():
+                if "ranknum" in name:  # peft 0.21.2 leaves this constant trainable, and AdamW would move it
+                    p.requires_grad_(False)
         save: Callable[[Path], object] = model.save_pretrained
     elif who.name == "full":
         model.requires_grad_(True)

@@ -147,13 +147,13 @@ def with_prefixes(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kw
             pairs[m] = tuple(_join([op.rows()[i] for op, _ in made], [w for _, w in made]) for i in (0, 1))  # type: ignore[assignment]
     shifts = [op.shift for op, _ in _of(module, which, "stream")]
     shift = (shifts[0] if isinstance(which, dict) else sum(shifts)) if shifts else 0
-    with later(module, shift) if shift else _nothing(), by_the_book(model, pairs), _hidden(module), use(model, which):
+    with later(module, shift) if shift else _nothing(), by_the_book(model, pairs), others_act(model, module, which):
         return first_tensor(module(*args, **kwargs))
 
 
 @contextmanager
-def _hidden(module: nn.Module) -> Iterator[None]:
-    """Take out the ops that stand for prefixes, and all ops of the module itself."""
+def others_act(model: nn.Module, module: nn.Module, which: Which) -> Iterator[None]:
+    """Put a plan into force without the ops of `module` itself, and without those in it that stand for prefixes."""
     kept: list[tuple[Any, dict[str, Any]]] = []
     for m in module.modules():
         slot: Any = m._modules.get("slim")
@@ -161,7 +161,8 @@ def _hidden(module: nn.Module) -> Iterator[None]:
             kept.append((held, dict(held._modules)))
             held._modules = {k: op for k, op in held._modules.items() if m is not module and op.port not in {"attention", "stream"}}
     try:
-        yield
+        with use(model, which):
+            yield
     finally:
         for held, ops in kept:
             held._modules = ops

@@ -92,7 +92,7 @@ def against_twin(s: Subject, model: nn.Module) -> None:
     for (key, op), other in zip(adapter_of(model, "a").ops.items(), adapter_of(twin, "a").ops.values(), strict=True):
         assert op.state_dict().keys() == other.state_dict().keys(), f"{key}: another op on a quantised base"
         other.load_state_dict(op.state_dict())
-    rtol = 3e-2 if s.case.name == "int8" else 1e-4  # an 8-bit layer rounds the activations, too
+    rtol = 5e-2 if s.case.name == "int8" else 1e-4  # an 8-bit layer rounds the activations, too
     found = []
     for m in (model, twin):
         (x,) = s.case.inputs()
