@@ -39,7 +39,8 @@ def steps(r: Results) -> str:
         model = c["model"] + (", compiled" if c["compiled"] else "")
         lines.append(
             f"| {model} | {c['dtype']} | {c['method']} | {c['dropout']} | {c['masked']:.0%} | {kept[0]} | {kept[1]} "
-            f"| {q['kept']:.2f} | {q['peak']:.2f} | {m['reference']:.2f} s | {m['slimtune']:.2f} s | {q['time']:.2f} | {q['over_floor']:.2f} | {q['reference_over_floor']:.2f} |"
+            f"| {q['kept']:.2f} | {q['peak']:.2f} | {m['reference']:.2f} s | {m['slimtune']:.2f} s | {q['time']:.2f} "
+            f"| {q['over_floor']:.2f} | {q['reference_over_floor']:.2f} |"
         )
     lines += ["", "The floor is forward plus input gradients of the bare model in the same lean forms, measured in the same run.", ""]
     return "\n".join(lines)

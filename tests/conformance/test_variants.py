@@ -23,6 +23,8 @@ VARIANTS = {
     "means of 16": st.QALoRA(r=4, pool="mean", group=16),
     "per-module ranks": st.LoRA(r=4, rank_pattern={"body": 2}, alpha_pattern={"body": 5.0}),
     "adding biases": st.BitFit(missing="add"),
+    "normed": st.Parallel(reduction=8, norm="both", train_scale=True),
+    "union that changes the input and reads the output": st.Union(of=(st.IA3(feedforward=("body",)), st.Bottleneck(reduction=8))),
     "smooth": st.Bottleneck(reduction=8, nonlinearity="gelu", scale=0.5),
 }
 PLACES = ("linear", "HF Conv1D", "conv2d", "embedding", "MultiheadAttention separate", "experts", "nf4")

@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 
 # What people start from with each kind of parameter; the search goes both ways from here.
 RATES = {
-    "full": 5e-5, "head": 5e-3, "dense": 5e-3, "ia3": 5e-3, "vera": 1e-2, "ln_tuning": 3e-3, "bitfit": 3e-3, "prompt_tuning": 3e-2,
+    "full": 1e-4, "head": 3e-2, "dense": 5e-3, "ia3": 5e-3, "vera": 1e-2, "ln_tuning": 3e-3, "bitfit": 3e-3, "prompt_tuning": 3e-2,
     "p_tuning": 3e-3, "multitask_prompt": 3e-2, "prefix_tuning": 1e-2, "p_tuning_v2": 1e-2, "trainable_tokens": 1e-3,
 }  # fmt: skip
 USUAL = 1e-3

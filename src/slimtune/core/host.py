@@ -182,7 +182,8 @@ def _check_media(model: Any, plan: Plan, ids: Tensor) -> None:
     Raises:
         PlanError: naming the first such module.
     """
-    tokens: set[Any] = {getattr(model.config, f"{kind}_token_{end}", None) for kind in ("image", "video", "audio") for end in ("id", "index")} - {None}
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    tokens: set[Any] = {getattr(model.config, name, None) for name in names} - {None}
     if all((ids.eq(token).sum(1) == ids[:1].eq(token).sum(1)).all() for token in tokens):
         return  # the same for every row: they come in blocks
     from slimtune.core.targets import heads

@@ -170,8 +170,9 @@ def render(cells: dict[str, dict[str, Outcome]]) -> str:
         "",
         "`no` is a refusal, with the reason that the error gives. A number after `yes` is a limit.",
         "Checked in float64; two ways of computing the same agree to 1e-9 of the largest entry, or to 2e-6 where the model itself computes its",
-        "norms, positions or attention in float32. Merging and `generate` are checked wherever method and model have them: a method that is no",
-        "affine map of its input refuses to merge ([support matrix](support-matrix.md)).",
+        "norms, positions or attention in float32 (BLOOM: in float32, to 1e-4).",
+        "Merging and `generate` are checked wherever method and model have them: a method that is no affine map of its input refuses to merge",
+        "([support matrix](support-matrix.md)).",
     ]
     for group, members in groups.items():
         lines += ["", f"## {group}", "", "| architecture | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]

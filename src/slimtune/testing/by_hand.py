@@ -9,10 +9,11 @@ from torch import Tensor
 
 from slimtune.core.fold import first_tensor
 from slimtune.core.plan import Which
+from slimtune.testing.textbook import others_act
 
 
-def with_prompts(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which) -> Tensor:
-    """Return what a body, or a decoder that reads one, must give under a plan for all rows; the model itself is disabled.
+def with_prompts(model: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], which: Which) -> Tensor:
+    """Return what a body, or a decoder that reads one, must give under a plan for all rows; ops of modules in it act.
 
     Args:
         args, kwargs: what it was called with.
@@ -22,13 +23,15 @@ def with_prompts(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], whi
         given["encoder_attention_mask"] = None  # no input of a case is padded, and the encoder's output is longer than its mask
     ops = {name: [op for op in module.slim.ops(name) if op.port == "stream" and op.tokens] for name in which or ()}
     if not any(ops.values()):
-        return first_tensor(module(**given))
+        with others_act(model, module, which):
+            return first_tensor(module(**given))
     tokens = {name: torch.cat([op.rows(None, None) for op in found]) for name, found in ops.items()}
     prompt = torch.cat(list(tokens.values()))
     if isinstance(which, dict):
         prompt = torch.stack([w * tokens[name] for name, w in which.items()]).sum(0)
     x = module.get_input_embeddings()(given["input_ids"])
-    out = first_tensor(module(**{**given, "input_ids": None, "inputs_embeds": in_front(prompt, x), "attention_mask": None}))
+    with others_act(model, module, which):
+        out = first_tensor(module(**{**given, "input_ids": None, "inputs_embeds": in_front(prompt, x), "attention_mask": None}))
     return out if any(op.keep for found in ops.values() for op in found) else out[:, len(prompt) :]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import slimtune as st
 from slimtune.core.errors import CapabilityError, MergeError, NoSuchAdapter, PlanError, SlimtuneError
 from slimtune.core.fold import first_tensor
-from slimtune.core.op import Op
+from slimtune.core.op import Op, affine
 from slimtune.core.plan import Which
 from slimtune.core.spec import Spec
 from slimtune.core.targets import kind_of
@@ -325,7 +325,7 @@ def folded(
     prefixed = any(op.port == "attention" or (op.port == "stream" and not op.tokens) for op in mine)
     if any(op.port in {"stream", "reader"} and op.tokens for op in mine):
         with st.disabled(model):
-            return with_prompts(module, args, kwargs, which)
+            return with_prompts(model, module, args, kwargs, which)
     with st.disabled(model):
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         inside = kind.name in {"attention", "experts"}  # there weight ops act on what is computed inside, the others on the output
@@ -333,7 +333,8 @@ def folded(
             y = with_prefixes(model, module, args, kwargs, which)
         else:
             y = through_weights(model, module, args, kwargs, which, at_weights) if inside else first_tensor(module(*args, **kwargs))
-        if s.case.quantised and any(hasattr(op, "enter") for op in mine):  # a layer in 8 bits rounds its input: not to be called twice
+        # a layer in 8 bits rounds what it is given, so it is not called a second time
+        if s.case.quantised and any(hasattr(op, "enter") for op in mine) and all(affine(op) for op in mine):
             return replayed(module, mine, which, x)
 
         def after(base: Callable[[Tensor], Tensor], ops: list[Any]) -> Callable[[Tensor], Tensor]:

@@ -153,13 +153,13 @@ def with_prefixes(model: nn.Module, module: nn.Module, args: tuple[Any, ...], kw
 
 @contextmanager
 def others_act(model: nn.Module, module: nn.Module, which: Which) -> Iterator[None]:
-    """Put a plan into force without the ops of `module` itself, and without those in it that stand for prefixes."""
+    """Put a plan into force without the ops of `module` itself, and without those in it that stand for prefixes or virtual tokens."""
     kept: list[tuple[Any, dict[str, Any]]] = []
     for m in module.modules():
         slot: Any = m._modules.get("slim")
         for held in [] if slot is None else slot._modules.values():
             kept.append((held, dict(held._modules)))
-            held._modules = {k: op for k, op in held._modules.items() if m is not module and op.port not in {"attention", "stream"}}
+            held._modules = {k: op for k, op in held._modules.items() if m is not module and op.port not in {"attention", "stream", "reader"}}
     try:
         with use(model, which):
             yield
