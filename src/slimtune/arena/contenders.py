@@ -21,6 +21,7 @@ USUAL = 1e-3
 
 MAIN = ("lora", "dora", "adalora", "vera", "ia3", "bottleneck", "prefix_tuning", "prompt_tuning")  # those that also run on the larger model
 FIXED = ("majority", "tfidf")  # nothing to train by gradient
+PARTS = ("dense", "union", "gated")  # what others are made of: "head" is the first, MAM and UniPELT the others
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def contenders(task: Task) -> list[Contender]:
 
     names = [n for n, cls in methods().items() if cls.__module__.startswith("slimtune.")]
     wide = task.settings.get("task") == "classification"
-    chosen = [n for n in names if (wide or n in MAIN) and n != "dense"]
+    chosen = [n for n in names if (wide or n in MAIN) and n not in PARTS]
     out = [Contender(n) for n in chosen]
     out += [Contender(n, "peft") for n in chosen if n in REFERENCE]
     if wide:
