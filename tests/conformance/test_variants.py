@@ -145,7 +145,7 @@ def _built(op: type[LoRAOp], spec: st.LoRA, site: object) -> LoRAOp:
 def test_a_refusal_without_a_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from slimtune.core import attach as module
 
-    def vague(*args: object) -> None:
+    def vague(*args: object, **kwargs: object) -> None:
         raise st.SlimtuneError("no")
 
     monkeypatch.setattr(module, "build", vague)

@@ -1,9 +1,10 @@
 """Models that are only shapes: attaching takes no memory, and knows everything it must know."""
 
+import pytest
 import torch
 
 import slimtune as st
-from slimtune.testing.zoo import llama_70b
+from slimtune.testing.zoo import ARCHITECTURES, llama_70b
 
 
 def test_lora_on_a_70b_llama_without_its_weights() -> None:
@@ -22,3 +23,12 @@ def test_lora_on_a_70b_llama_without_its_weights() -> None:
     assert out.shape == (2, 4, h)
     st.detach(model, "default")
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", list(st.methods()))
+def test_every_method_attaches_to_a_model_without_weights(name: str) -> None:
+    with torch.device("meta"):
+        model = next(a for a in ARCHITECTURES if a.name == "Llama").make()
+    report = st.attach(model, st.methods()[name]())
+    assert report.trainable > 0
+    assert all(p.is_meta for p in model.parameters())

@@ -101,9 +101,13 @@ class AdaLoRAOp(Trained, LoRAOp):
         """Return which triplets act: those chosen last, and those that have come back since. In E's shape."""
         return self.chosen | (self.E != 0)
 
+    def triplets_alive(self) -> int:
+        """Return how many triplets act; of a model without weights, all."""
+        return self.E.numel() if self.E.is_meta else int(self.alive().sum())
+
     def rank_now(self) -> int:
         """Return how many triplets act (of experts: the mean over them, rounded)."""
-        alive = int(self.alive().sum())
+        alive = self.triplets_alive()
         return round(alive / self.E.shape[0]) if self.kind.rank_axis == 1 and self.E.numel() else alive
 
     def facts(self) -> dict[str, Any]:
@@ -318,7 +322,7 @@ class AdaLoRA(Spec):
     def remarks(self, adapter: Adapter) -> list[str]:
         """Return what a report should say about the ranks."""
         ops = [op for op in adapter.ops.values() if isinstance(op, AdaLoRAOp)]
-        now, (at_first, at_last) = sum(int(op.alive().sum()) for op in ops), ends(self, ops)
+        now, (at_first, at_last) = sum(op.triplets_alive() for op in ops), ends(self, ops)
         of = f" of {adapter.total_steps}" if adapter.total_steps else ""
         return [f"{now} of {at_first} triplets act after optimiser step {adapter.steps}{of}; {at_last} will be left at the end"]
 

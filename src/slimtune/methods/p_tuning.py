@@ -1,7 +1,7 @@
 """P-tuning: virtual tokens that a small network makes out of trained vectors; only what it makes is kept in files.
 
     MLP     e = W3 relu(W2 relu(W1 z + b1) + b2) + b3            z [p, d], hidden width h
-    LSTM    e = W2 relu(W1 [lstm forward, lstm backward](z) + b1) + b2
+    LSTM    e = W2 relu(W1 lstm(z, both ways) + b1) + b2
 
 Paper: arXiv 2103.10385. Cost while training: p d + 2 h d + h^2 parameters (MLP), after loading p d; p more tokens in every forward.
 Cannot: merge; go on training the network after a file was loaded (the virtual tokens themselves train on).
