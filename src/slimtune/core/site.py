@@ -24,6 +24,7 @@ class Site:
         shape: canonical shape of the weight ([b, a], [b, a/groups, *k], ...), () for ports without one.
         dtype: of the op's parameters.
         blank: a file's tensors will overwrite the op: initialisers may be skipped.
+        loading: the op is being filled from a file: what only training needs may be left out.
         shared: tensors that all ops of one adapter share, by name, filled by the first op that needs them.
         entrance: where the op takes its input x, if not at this module: see `at_entrance`.
     """
@@ -36,6 +37,7 @@ class Site:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     blank: bool = False
+    loading: bool = False
     shared: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     entrance: Site | None = field(default=None, repr=False, compare=False)
 
@@ -61,7 +63,7 @@ class Site:
         param = next(iter(kind.names(module)), "weight")
         return replace(self, entrance=Site(path=path, port="input", kind=kind, module=module, param=param))
 
-    def for_build(self, dtype: torch.dtype | None, blank: bool, shared: dict[str, Any]) -> Site:
+    def for_build(self, dtype: torch.dtype | None, blank: bool, shared: dict[str, Any], loading: bool = False) -> Site:
         """Return this site with what an op needs to know while it is built.
 
         Args:
@@ -72,7 +74,7 @@ class Site:
             own = next(self.module.parameters(), None)
         if dtype is None:
             dtype = own.dtype if own is not None and own.dtype in (torch.float32, torch.float64) else torch.float32
-        return replace(self, dtype=dtype, blank=blank or self.device.type == "meta", shared=shared)
+        return replace(self, dtype=dtype, blank=blank or self.device.type == "meta", loading=loading, shared=shared)
 
     def read(self) -> Tensor:
         """Return the dense base weight in canonical shape."""

@@ -102,7 +102,7 @@ def make_ops(
         maker = owner(place, spec)
         if problems := maker.check(site):
             raise MismatchError(f"{site}: {problems[0]}", where=where)
-        site = site.for_build(dtype, True, shared.setdefault(place.part, {}))
+        site = site.for_build(dtype, True, shared.setdefault(place.part, {}), loading=True)
         op = maker.make(site, place.part)
         op.resume(place.settings, site)
         tensors = layout.codec(place.method).take(place, op, module, kind, taker)

@@ -124,9 +124,11 @@ class PTuning(PromptSpec):
     def prompt(self, site: Site, keep: bool) -> PTuningOp:
         d = width_of(site, self.width)
         h = self.hidden or d
-        if site.blank:
-            return PTuningOp(site, torch.empty(self.tokens, d, device=site.device, dtype=site.dtype), None, keep)
+        empty = torch.empty(self.tokens, d, device=site.device, dtype=site.dtype)
+        if site.loading:
+            return PTuningOp(site, empty, None, keep)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = mlp(d, h) if self.encoder == "mlp" else LSTMNetwork(d, h, self.encoder_layers, self.dropout)
-        return PTuningOp(site, token_like(site, self.tokens, d, self.seed), network.to(device=site.device, dtype=site.dtype), keep)
+        start = empty if site.blank else token_like(site, self.tokens, d, self.seed)
+        return PTuningOp(site, start, network.to(device=site.device, dtype=site.dtype), keep)
