@@ -14,10 +14,10 @@ SEEDS = (0, 1, 2)
 
 # What people start from with each kind of parameter; the search goes both ways from here.
 RATES = {
-    "full": 1e-4, "head": 2e-2, "ia3": 8e-3, "vera": 2e-2, "ln_tuning": 8e-3, "bitfit": 8e-3, "prompt_tuning": 2e-2, "p_tuning": 4e-3,
-    "multitask_prompt_tuning": 2e-2, "prefix_tuning": 8e-3, "p_tuning_v2": 8e-3, "trainable_tokens": 8e-3, "adalora": 8e-3, "compacter": 8e-3,
+    "full": 1e-4, "head": 2e-2, "ia3": 8e-3, "vera": 2e-2, "ln_tuning": 4e-3, "bitfit": 2e-3, "prompt_tuning": 3e-2, "p_tuning": 4e-3,
+    "multitask_prompt_tuning": 3e-2, "prefix_tuning": 3e-2, "p_tuning_v2": 3e-2, "trainable_tokens": 8e-3, "adalora": 2e-2, "compacter": 6e-3,
 }  # fmt: skip
-USUAL = 2e-3
+USUAL = 1e-3
 
 MAIN = ("lora", "dora", "adalora", "vera", "ia3", "bottleneck", "prefix_tuning", "prompt_tuning")  # those that also run on the larger model
 FIXED = ("majority", "tfidf")  # nothing to train by gradient

@@ -50,7 +50,7 @@ TASKS = (
         "minilm-reviews",
         "MiniLM (22 M) tells great food reviews from others",
         {"model": MINILM, "task": "classification", "data": "builtin:fine_foods", "limit_train": 2000, "max_length": 64, "truncate": "ends"},
-        steps=100, batch=16, valid=300, test=600,
+        steps=200, batch=16, valid=300, test=600,
     ),
     Task(
         "smollm2-reviews",
