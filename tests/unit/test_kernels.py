@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimtune as st
 from slimtune.kernels.dropout import draw_seed, drop, forget, kept
+from slimtune.kernels.gain import scale_outputs
 from slimtune.kernels.lowrank import add_low_rank, linear_low_rank
 
 
@@ -135,3 +136,35 @@ def test_dropout_under_checkpointing(reentrant: bool) -> None:
 
     for a, b in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gain_in_place_has_the_right_gradients(biased: bool) -> None:
+    torch.manual_seed(0)
+    x, W, g = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 7), (5, 7), (5,)))
+    bias = torch.randn(5, dtype=torch.float64) if biased else None
+    assert torch.autograd.gradcheck(lambda x, W, g: scale_outputs(x @ W.T, g, bias), (x, W, g))
+
+
+def test_gain_of_zero_gives_no_nan_and_keeps_its_result_from_being_written_over() -> None:
+    g = torch.tensor([0.0, 2.0], requires_grad=True)
+    x = torch.ones(3, 2, requires_grad=True)
+    y = scale_outputs(x * 1.0, g, None)
+    z = add_low_rank(y, torch.ones(3, 4), torch.ones(1, 4), torch.ones(2, 1), 1.0)
+    z.sum().backward()
+    assert z.data_ptr() != y.data_ptr()
+    assert torch.equal(g.grad, torch.tensor([0.0, 3.0]))
+
+
+def test_dora_before_a_module_that_writes_over_its_input() -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=writes), nn.Linear(8, 4)).double() for writes in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    grads = []
+    for net in nets:
+        torch.manual_seed(1)
+        st.attach(net, st.DoRA(of=st.LoRA(r=2, init="gaussian")))
+        net(torch.ones(3, 6, dtype=torch.float64)).square().sum().backward()
+        grads.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert grads[0]
+    assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))

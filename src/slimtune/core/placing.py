@@ -145,6 +145,7 @@ def put_to_use(model: nn.Module, adapter: Adapter) -> None:
 
 def _root(model: nn.Module) -> State:
     state = State()
+    state.writes_over = any(m.__dict__.get("inplace") is True for m in model.modules())
     model.slim_state = state  # type: ignore[assignment]
     specialise(model, Rooted)
     wrap_checkpoints(model, state)

@@ -73,6 +73,7 @@ class State:
         self.merged: list[Any] = []  # what unmerge undoes, newest last: see algebra.merge
         self.merged_plan: Plan | None = None
         self.latest = BARE  # what compiled code reads
+        self.writes_over = False  # some module of the model writes over its input (inplace=True), so outputs cannot be kept for backward
         self.scoped_grad = False  # a `with` block has run a forward that records gradients
         self.tasks: Tensor | None = None  # task of each row, said outside of any block (see `core.tasks`)
         self.block_tasks: Tensor | None = None  # the same, of the block entered last: what compiled code reads

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slimtune.kernels.dropout import draw_seed, drop, kept, masked
+from slimtune.kernels.gain import is_kept
 from slimtune.kernels.recipe import recipe_of
 
 
@@ -94,7 +95,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
         scale: s.
         p: probability of dropping an element of x.
     """
-    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad) or is_kept(y):
         y = y.clone(memory_format=torch.contiguous_format)
     recipe = recipe_of(x)
     return _LowRank.apply(x, y, None, None, A, B, scale, p, draw_seed(x, A) if p else 0, recipe.make, *recipe.inputs)

@@ -24,6 +24,8 @@ from slimtune.core.op import Additive, Op
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+from slimtune.kernels.gain import is_kept, scale_outputs
+from slimtune.kernels.lowrank import fusing
 from slimtune.methods.lora import LoRA
 from slimtune.ports.effective import effective, effective_bias, of_param
 
@@ -55,12 +57,19 @@ class DoRAOp(Op):
             with torch.no_grad():
                 norm = self.norm(host, before)
             self._held = norm if self._holding else None
-        gain = (self.m / norm).to(y.dtype)
+        gain = self.m / norm
         b = effective_bias(self.kind.bias(host, self.param), of_param(before, self.param))  # as it stands in y
-        if b is None:
-            return self.inner.add(x, y, host, None) * self.kind.along_output(gain, y)
-        b = self.kind.along_output(b.to(y.dtype), y)
-        return self.inner.add(x, y - b, host, None) * self.kind.along_output(gain, y) + b
+        z = self.inner.add(x, y if b is None else y - self.kind.along_output(b.to(y.dtype), y), host, None)
+        if fusing(z) and self._may_write(z, host):
+            return scale_outputs(z, gain, None if b is None else b.detach())
+        z = z * self.kind.along_output(gain.to(y.dtype), y)
+        return z if b is None else z + self.kind.along_output(b.to(y.dtype), y)
+
+    def _may_write(self, z: Tensor, host: Any) -> bool:
+        """Tell whether z is a plain layer's fresh result that stays as it is until backward."""
+        if self.kind.name != "linear" or z._is_view() or host.slim.state.writes_over:
+            return False
+        return not (z.is_leaf and z.requires_grad) and not is_kept(z)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
