@@ -112,6 +112,30 @@ def test_rows_with_different_prompts_give_what_they_give_alone(name: str, side: 
         assert torch.allclose(got, want, atol=1e-5 if name == "bloom" else 2e-6), (name, which)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_roberta_counts_what_is_no_pad_in_rows_without_virtual_tokens(side: str) -> None:
+    """Also where a token that is seen has the id of the pad; each row is as it is alone, with its prefix, its prompt or neither."""
+    model = prompted("roberta")
+    st.attach(model, st.PrefixTuning(p=4), name="c")
+    ids, mask = padded(side)
+    ids[0, mask[0].argmax() + 1] = ids[2, 3] = ids[3, mask[3].argmax()] = 0
+    plan: list[Any] = ["a", None, None, "c"]
+    table = next(m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx == 0 and m.num_embeddings == 128)
+    seen: list[Tensor] = []
+    handle = table.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for mixed in (plan, [None, *plan[1:]], ["c", *plan[1:]], ["a", "b", "c", ["c", "a"]]):
+        with torch.no_grad(), st.use(model, rows=mixed):
+            out = model.roberta(ids, attention_mask=mask)[0]
+        for i, which in enumerate(mixed):
+            with torch.no_grad(), st.use(model, which):
+                alone = model.roberta(ids[i][mask[i] == 1][None])[0][0]
+            assert torch.allclose(out[i][mask[i] == 1], alone, atol=1e-12), (mixed, which)
+    with torch.no_grad(), st.use(model, "c"):
+        model(ids)
+    assert torch.equal(seen[-1][ids == 0], torch.zeros_like(ids[ids == 0]))  # the prefix moves what is counted, and nothing else
+    handle.remove()
+
+
 def test_hidden_states_and_attentions_have_the_users_length() -> None:
     model = prompted("llama", torch.float32)
     model.set_attn_implementation("eager")
@@ -361,6 +385,41 @@ def test_what_a_forward_refuses() -> None:
         bart(attention_mask=torch.ones(1, L), encoder_outputs=encoded, decoder_input_ids=ids)
     with pytest.raises(CapabilityError):
         st.merge(model, "a")
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "whisper"])
+def test_more_tokens_than_positions(name: str, method: str) -> None:
+    """Whether by themselves, in a stack or with the input."""
+    model: Any = getattr(zoo, name)()
+    most = 127 if name == "roberta" else 128  # RoBERTa's first position is 1 here
+    config = model.config
+    fixed = {"input_features": torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)} if name == "whisper" else {}
+
+    def spec(p: int) -> Any:
+        return st.PrefixTuning(p=p) if method == "prefix" else st.PromptTuning(tokens=p, targets="model.decoder" if fixed else "auto")
+
+    def forward(n: int, **given: Any) -> None:
+        with torch.no_grad():
+            model(**{"decoder_input_ids" if fixed else "input_ids": torch.full((1, n), 7)}, **fixed, **given)
+
+    with pytest.raises(SpecError, match=f"none of its {most} positions.*use fewer") as caught:
+        st.attach(model, spec(most))
+    assert caught.value.where
+    assert caught.value.hint
+    for adapter in ("a", "b"):
+        st.attach(model, spec(100), name=adapter)
+    with st.use(model, "a"):
+        forward(most - 100)
+        with pytest.raises(PlanError, match=f"more than the {most} positions") as late:
+            forward(most - 99)
+        assert late.value.hint == f"cut the input to {most - 100} tokens"
+        name = "decoder_position_ids" if fixed else "position_ids"
+        with pytest.raises(PlanError, match="go up to 60"):
+            forward(4, **{name: torch.tensor([[1, 2, 3, 60]])})
+    with st.use(model, ["a", "b"]), pytest.raises(PlanError) as both:
+        forward(4)
+    assert both.value.hint == f"use prompts of less than {most} tokens in all"
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "whisper", "wav2vec2"])

@@ -68,7 +68,7 @@ def memory_lines(prepared: Prepared, recipe: Recipe, report: Report | None) -> l
     from slimtune.train.tradeoff import lines, measure
 
     with quiet():
-        return lines(measure(prepared, recipe, build_spec(recipe, prepared.task), report), recipe.memory)
+        return lines(measure(prepared, recipe, build_spec(recipe, prepared.task, prepared.new), report), recipe.memory)
 
 
 def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
@@ -82,7 +82,7 @@ def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
     from slimtune.core.report import make_report
     from slimtune.train.method_options import build_spec
 
-    spec = build_spec(recipe, prepared.task)
+    spec = build_spec(recipe, prepared.task, prepared.new)
     if spec is None:
         return None
     model = prepared.model.requires_grad_(False)

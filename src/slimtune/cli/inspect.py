@@ -46,6 +46,7 @@ def show_data(path: Path, overrides: list[str], count: int, split: str) -> None:
     from slimtune.train.data import read_rows, tokenise_split
     from slimtune.train.load_recipe import load_recipe
     from slimtune.train.models import decide_task, load_config, load_tokenizer, max_positions, resolve_model
+    from slimtune.train.new_tokens import extend_tokenizer
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = load_recipe(path, overrides)
@@ -54,6 +55,7 @@ def show_data(path: Path, overrides: list[str], count: int, split: str) -> None:
         raise RecipeError(f"there is no {split!r} split", where=str(path), hint=f"there is {', '.join(read.splits)}")
     resolved = resolve_model(recipe.model, say=lambda text: console.print(text, style="dim", markup=False))
     config, tokenizer = load_config(resolved), load_tokenizer(resolved)
+    extend_tokenizer(recipe, tokenizer)
     task = decide_task(recipe.task, config, read.format)
     # Only what is shown is tokenised: this is quick with a million rows too.
     examples, _, notes = tokenise_split(read, split, recipe, tokenizer, task, max_positions(config), count)

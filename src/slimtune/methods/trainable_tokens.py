@@ -2,7 +2,8 @@
 
 Only the rows of these tokens train, in the table of the input tokens and in every weight tied to it (the output head of most models), from one
 D for all of them. The dense [v, d] delta is never formed: the table adds D's rows where their tokens stand, the head adds x D^T at their
-logits. With `add_tokens` it teaches new tokens without training, or saving, the rest of the table.
+logits. With `st.add_tokens`, or `add_tokens: ["<call>"]` in the recipe of any method, it teaches new tokens without training, or saving, the
+rest of the table.
 
 Source: the reference library's TRAINABLE_TOKENS, which keeps the new rows where this keeps their difference. Files hold the new rows.
 Cost: k d parameters, n d products at the table, n k d at a tied head. Merges into the weights.

@@ -23,6 +23,8 @@ FOREIGN = {
     "mems": "it keeps hidden states between calls",
     "cache_params": "it is recurrent and keeps its state in cache_params",
 }
+# How configurations name the size of a table of absolute positions (the others: Whisper, LED).
+LENGTHS = ("max_position_embeddings", "max_target_positions", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 HINT = 'prefix tuning needs no token embeddings; for a module of your own: targets="its.path", width=d'
 
 
@@ -91,12 +93,12 @@ def study(module: Any) -> Body:
 
 def _position_table(module: Any, tokens: nn.Module | None) -> tuple[int, int, bool]:
     """Return (positions, the first one, whether it counts by the mask) of a table of absolute positions outside the blocks."""
-    most = module.config.max_position_embeddings if hasattr(module.config, "max_position_embeddings") else None
+    sizes = {getattr(module.config, name) for name in LENGTHS if hasattr(module.config, name)}
     for path, m in module.named_modules():
         if not isinstance(m, nn.Embedding) or m is tokens or any(part.isdigit() for part in path.split(".")):
             continue
         offset = int(m.__dict__.get("offset", 0))
-        if m.num_embeddings - offset == most:
+        if m.num_embeddings - offset in sizes:
             start = 0 if m.padding_idx is None or offset else m.padding_idx + 1
             return m.num_embeddings - offset - start, start, "attention_mask" in parameters_of(base_class(m))
     return 0, 0, False

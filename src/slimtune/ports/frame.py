@@ -83,11 +83,11 @@ class Frame:
         """Return position ids, given those the tokens have by themselves.
 
         Args:
-            own: [..., B or 1, n].
+            own: [..., B or 1, n]; one before the first position is that of a pad, and does not move.
             start: the body's first position.
             first: the virtual tokens are in this call; if not, a cache holds them.
         """
-        tokens = own + self.moved
+        tokens = torch.where(own < start, own, own + self.moved)
         if not first or self.P == 0:
             return tokens
         ahead = (torch.arange(self.P, device=own.device)[None] - (self.P - self.p)).clamp(min=0) + self.skip + start  # [B or 1, P]
@@ -99,13 +99,24 @@ class Frame:
         rows = max(rows, order.shape[0])
         return both.expand(*both.shape[:-2], rows, -1).gather(-1, order.expand(*both.shape[:-2], rows, -1))
 
-    def by_itself(self, n: int, past: int | Tensor, start: int, device: torch.device) -> Tensor:
-        """Return the positions that the tokens of rows with a prompt have without it: they count from the first token, not from the pads."""
+    def by_itself(self, n: int, past: int | Tensor, start: int, device: torch.device, ids: Tensor | None = None) -> Tensor:
+        """Return the positions that the tokens of rows with a prompt have without it: they count from the first token, not from the pads.
+
+        Args:
+            n, past: tokens of this call and before it.
+            start: the body's first position.
+            device: of the positions.
+            ids: the tokens [B, n]. A body that starts at padding_idx + 1 counts these by what is no pad, wherever it stands and whatever the
+                mask says; it cannot tell them among embeddings, so rows with virtual tokens count every token.
+        """
         count = torch.arange(n, device=device)[None] + past
         if not isinstance(self.f, int):
             prompted = torch.as_tensor(self.moved, device=device) > 0
             count = (count - torch.where(prompted, self.f, 0)).clamp(min=0)
-        return count + start
+        if ids is None or start == 0:
+            return count + start
+        real = (ids != start - 1).long()  # [B, n]
+        return torch.where(torch.as_tensor(self.p, device=device) > 0, count, (real.cumsum(1) + past) * real - 1) + start
 
     def strip(self, t: Tensor, dim: int = 1) -> Tensor:
         """Take the virtual tokens out of [B, .., P + n (at dim), ...]."""

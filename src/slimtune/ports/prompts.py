@@ -15,7 +15,7 @@ from slimtune.core.op import Op
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.ports.body import embeddings_of
-from slimtune.ports.stream import AUTO, BodyKind, ReaderOp, StreamOp, stream_problems, stream_sites, width_of
+from slimtune.ports.stream import AUTO, BodyKind, ReaderOp, StreamOp, room_problems, stream_problems, stream_sites, width_of
 
 INITS = ("random", "vocab", "text")
 
@@ -78,7 +78,7 @@ class PromptSpec(Spec):
         return found + [replace(site, port="stream") for site in readers if self.decoder]
 
     def check(self, site: Site) -> list[str]:
-        return stream_problems(site, self.width)
+        return stream_problems(site, self.width) + (room_problems(site, self.tokens) if site.port == "stream" else [])
 
     def prepare(self, sites: list[Site], shared: dict[str, Any]) -> None:
         shared["readers"] = {site.path for site in sites if site.port == "reader"}

@@ -87,6 +87,12 @@ def stream_problems(site: Site, width: int | None) -> list[str]:
     return wrong
 
 
+def room_problems(site: Site, p: int) -> list[str]:
+    """Return what is wrong with moving the tokens of a body p positions on."""
+    limit = study(site.module).limit if isinstance(site.kind, BodyKind) else 0
+    return [f"{p} virtual tokens leave none of its {limit} positions for a token of the input: use fewer"] if 0 < limit <= p else []
+
+
 def width_of(site: Site, width: int | None) -> int:
     """Return d at a site."""
     return study(site.module).width if isinstance(site.kind, BodyKind) else int(width or 0)
@@ -132,4 +138,4 @@ class BodyKind(BlockKind):
         return streamed(*args, **kwargs)
 
 
-__all__ = ["AUTO", "BodyKind", "PromptedBlockKind", "ReaderOp", "StreamOp", "stream_problems", "stream_sites", "width_of"]
+__all__ = ["AUTO", "BodyKind", "PromptedBlockKind", "ReaderOp", "StreamOp", "room_problems", "stream_problems", "stream_sites", "width_of"]

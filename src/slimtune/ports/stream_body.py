@@ -56,7 +56,7 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
         own = given.get("position_ids")
         skips = not isinstance(at.skip, int) or at.skip > 0
         if own is None and (skips or ((facts.causal or facts.start > 0) and mask is not None and not facts.from_mask)):
-            own = at.by_itself(n, own_past, facts.start, device)
+            own = at.by_itself(n, own_past, facts.start, device, ids)
         if own is not None:
             given["position_ids"] = at.positions(own, facts.start, first)
     if not first or at.P == 0:
@@ -125,9 +125,15 @@ def _check(facts: Body, given: dict[str, Any], at: Frame, batch: int, n: int, pa
         raise PlanError(
             f"{int(past) + n} tokens and {ahead} virtual ones are more than the {facts.limit} positions of this body",
             where=where,
-            hint=f"cut the input to {facts.limit - ahead} tokens",
+            hint=f"cut the input to {facts.limit - ahead} tokens" if ahead < facts.limit else f"use prompts of less than {facts.limit} tokens in all",
         )
     own = given.get("position_ids")
+    if facts.limit and own is not None and int(past) == 0 and (last := int(own.max())) + ahead >= facts.start + facts.limit:
+        raise PlanError(
+            f"position_ids go up to {last}, and {ahead} virtual tokens move that beyond the {facts.start + facts.limit} places of the table",
+            where=where,
+            hint=f"no position after {facts.start + facts.limit - ahead - 1}, or shorter prompts",
+        )
     if at.P and own is not None and given.get("attention_mask") is None and n > 1 and bool((own.diff(dim=-1) < 0).any()):
         raise CapabilityError(
             "position_ids start anew inside a row: several sequences are packed into it, and a prompt would reach the first one only",

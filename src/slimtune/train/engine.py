@@ -123,7 +123,8 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         job.model.float()  # steps smaller than bfloat16 can hold would be lost; the products stay in the recipe's dtype
         counts: dict[str, Any] = {"trainable": job.parameters, "percent": 100.0, "modules": "every weight"}
     else:
-        report = st.attach(job.model, spec, name=str(recipe.name), data=job.first_batches() if spec.wants_data() else None)
+        data = job.first_batches() if any(part.wants_data() for part in spec.parts()) else None
+        report = st.attach(job.model, spec, name=str(recipe.name), data=data)
         say(str(report))
         counts = {"trainable": report.trainable, "percent": report.percent, "modules": describe(report)}
         say(str(st.lean(job.model)))
@@ -292,6 +293,8 @@ def _measure(job: Job, rows: Sequence[Any], say: Say, when: str) -> Evaluation:
 def _save_result(job: Job, folder: RunFolder, adapter: bool) -> None:
     if adapter:
         st.save(job.model, folder.adapter, name=str(job.recipe.name))
+        if job.new is not None:
+            job.tokenizer.save_pretrained(folder.tokenizer)  # for those who load the adapter without the run
         return
     work = folder.model.with_name(f".{folder.model.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from slimtune.core.spec import Spec
+    from slimtune.methods.trainable_tokens import TrainableTokens
     from slimtune.train.data import DataBundle
     from slimtune.train.models import ResolvedModel
     from slimtune.train.recipe import Recipe
@@ -40,6 +41,7 @@ class Job:
         format: the data's shape: messages | prompt+completion | text+label | text.
         labels: class names by index.
         data: tokenised rows; None when only the model is needed.
+        new: what trains the rows of the recipe's new tokens; None if there are none.
         parameters, model_bytes: of the model as it was loaded.
     """
 
@@ -51,6 +53,7 @@ class Job:
     format: str
     labels: list[str]
     data: DataBundle | None
+    new: TrainableTokens | None = None
     parameters: int = 0
     model_bytes: int = 0
     dtype: torch.dtype = torch.float32
@@ -148,7 +151,7 @@ class Job:
 
     def spec(self) -> Spec | None:
         """What to attach; None to train every weight."""
-        return build_spec(self.recipe, self.task)
+        return build_spec(self.recipe, self.task, self.new)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
@@ -195,4 +198,4 @@ def load_job(recipe: Recipe, say: Callable[[str], None]) -> Job:
     p = prepare(recipe, say=say)
     for note in p.data.notes:
         say(f"note: {note}")
-    return Job(recipe, p.resolved, p.task, p.model, p.tokenizer, p.data.format, p.data.labels, p.data)
+    return Job(recipe, p.resolved, p.task, p.model, p.tokenizer, p.data.format, p.data.labels, p.data, p.new)

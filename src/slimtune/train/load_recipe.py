@@ -27,7 +27,7 @@ _ALIASES = {
     "warmup_steps": "warmup", "max_grad_norm": "clip", "load_in_4bit": "quantize", "torch_dtype": "dtype", "adapter": "method",
     "peft_type": "method", "run_name": "name", "logging_steps": "log_every", "eval_steps": "eval_every",
     "save_steps": "save_every",
-    "loraplus_lr_ratio": "up_ratio",
+    "loraplus_lr_ratio": "up_ratio", "new_tokens": "add_tokens", "additional_special_tokens": "add_tokens", "tokens_to_add": "add_tokens",
 }  # fmt: skip
 _PATH_KEYS = ("train_file", "valid_file", "test_file")
 _OWN_KEYS = [key for key in Recipe.model_fields if key != "options"]
@@ -144,6 +144,8 @@ def _cross_checks(values: dict[str, Any], bad: set[str]) -> list[tuple[str, str]
         found.append(("max_steps", "max_steps: give either epochs or max_steps, not both"))
     if values.get("method") == "full" and values.get("quantize", "none") != "none":
         found.append(("quantize", "quantize: rounded weights cannot be trained; use an adapter, or quantize: none for method: full"))
+    if values.get("add_tokens") and values.get("cache_trunk") is True:
+        found.append(("cache_trunk", "cache_trunk: add_tokens trains rows below the first block, so there is no trunk to keep; leave one out"))
     warmup, steps = values.get("warmup"), values.get("max_steps")
     if isinstance(warmup, (int, float)) and warmup > 1 and warmup != int(warmup):
         found.append(("warmup", f"warmup: a fraction below 1, or a whole number of steps; got {warmup}"))

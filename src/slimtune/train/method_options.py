@@ -14,6 +14,7 @@ from slimtune.train.yaml_text import Entry
 
 if TYPE_CHECKING:
     from slimtune.core.spec import Spec
+    from slimtune.methods.trainable_tokens import TrainableTokens
     from slimtune.train.recipe import Recipe
 
 FULL = "full"  # full fine-tuning of every weight: not a method, but what methods are compared with
@@ -77,7 +78,7 @@ def check_options(method: str, options: dict[str, Entry], place: str) -> list[st
     return problems
 
 
-def build_spec(recipe: Recipe, task: str) -> Spec | None:
+def build_spec(recipe: Recipe, task: str, new: TrainableTokens | None = None) -> Spec | None:
     """Return the spec a recipe asks for, or None for full fine-tuning.
 
     A classifier's head is new and random, so it is trained in full beside the op unless the recipe names `train_modules` itself.
@@ -85,15 +86,18 @@ def build_spec(recipe: Recipe, task: str) -> Spec | None:
     Args:
         recipe: a validated recipe.
         task: "causal_lm" or "classification" (already decided, not "auto").
+        new: what trains the rows of its new tokens, from `new_tokens.extend`.
     """
     from slimtune.core.spec import Spec
+    from slimtune.train.new_tokens import beside
 
     if recipe.method == FULL:
         return None
     options = dict(recipe.options)
     if task == "classification":
         options.setdefault("train_modules", "head")
-    return Spec.from_dict({"method": recipe.method, **options})
+    spec = Spec.from_dict({"method": recipe.method, **options})
+    return spec if new is None else beside(spec, new)
 
 
 def schema_of_options() -> dict[str, Any]:

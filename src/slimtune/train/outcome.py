@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from slimtune.core.registry import spec_class
 from slimtune.train.evaluate import Evaluation
 from slimtune.train.report import duration, size
 from slimtune.train.samples import samples
@@ -125,7 +126,8 @@ def title(recipe: Recipe, spec: Any) -> str:
     if spec is None:
         return "full fine-tuning"
     shown = ", ".join(f"{k}={v}" for k, v in recipe.options.items())
-    return f"{type(spec).__name__}({shown})"
+    new = len(recipe.add_tokens)
+    return f"{spec_class(recipe.method).__name__}({shown})" + (f" and {new} new token{'s' * (new > 1)}" if new else "")
 
 
 def describe(report: Any) -> str:

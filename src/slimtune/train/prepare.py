@@ -9,22 +9,33 @@ from typing import TYPE_CHECKING
 
 from slimtune.train.data import DataBundle, read_rows, tokenise
 from slimtune.train.models import ResolvedModel, Task, decide_task, load_config, load_model, max_positions, resolve_model
+from slimtune.train.new_tokens import extend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slimtune.methods.trainable_tokens import TrainableTokens
     from slimtune.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe's model and data, ready to attach an adapter and train."""
+    """A recipe's model and data, ready to attach an adapter and train.
+
+    Attributes:
+        resolved: where the model's files are.
+        task: "causal_lm" or "classification".
+        model, tokenizer: loaded, with the recipe's new tokens.
+        data: tokenised rows.
+        new: what trains the rows of these tokens; None if there are none.
+    """
 
     resolved: ResolvedModel
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: DataBundle
+    new: TrainableTokens | None
 
 
 def prepare(recipe: Recipe, *, empty: bool = False, say: Callable[[str], None] = print) -> Prepared:
@@ -50,4 +61,5 @@ def prepare(recipe: Recipe, *, empty: bool = False, say: Callable[[str], None] =
         quantize=recipe.quantize,
         empty=empty,
     )
-    return Prepared(resolved, task, model, tokenizer, tokenise(rows, recipe, tokenizer, task, max_positions(config)))
+    new = extend(recipe, model, tokenizer)
+    return Prepared(resolved, task, model, tokenizer, tokenise(rows, recipe, tokenizer, task, max_positions(config)), new)

@@ -32,6 +32,8 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key("model", "auto", "auto = bfloat16 where the CPU or GPU has it")
     quantize: Literal["none", "nf4", "int8", "group4"] = _key("model", "none", "keep the frozen weights in 4 or 8 bits; group4: for qa_lora")
 
+    add_tokens: list[str] = _key("model", [], "new tokens, [<a>, <b>]: the tokenizer gets them, and their rows are trained beside the method's own")
+
     method: str = _key("method", "lora", "a name from `slimtune methods`, or full = train every weight")
     options: dict[str, Any] = Field(default_factory=dict, exclude=True, description="the method's own keys")
 
@@ -89,6 +91,17 @@ class Recipe(BaseModel):
             raise ValueError(f"expected a number, got {f'the text {value!r}' if isinstance(value, str) else str(value).lower()}")
         if bool in kinds and not isinstance(value, bool):
             raise ValueError(f"expected true or false, got {value!r}")
+        return value
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _different_texts(cls, value: Any) -> Any:
+        from slimtune.train.new_tokens import token_list_problem
+
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f'expected a list of texts like ["<a>", "<b>"], got {value!r}')
+        if all(isinstance(t, str) for t in value) and (problem := token_list_problem(list(value))):
+            raise ValueError(problem)
         return value
 
     def dump(self) -> str:

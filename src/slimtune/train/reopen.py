@@ -66,6 +66,7 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
 
     import slimtune as st
     from slimtune.train.models import load_config, load_model, max_positions, resolve_model
+    from slimtune.train.new_tokens import extend
     from slimtune.train.quiet import quiet
     from slimtune.train.sources import check_data_source
 
@@ -88,6 +89,7 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
         model, tokenizer = load_model(
             resolved, task=task, labels=labels if task == "classification" else (), dtype=recipe.dtype, quantize=recipe.quantize
         )
+        new = None if full else extend(recipe, model, tokenizer)  # model/ has them, and its tokenizer too
         bundle = None
         if rows:
             bundle = _load_rows(recipe, tokenizer, task, labels, max_positions(load_config(resolved)))
@@ -96,7 +98,7 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
     model.eval()
     return Reopened(
         folder,
-        Job(recipe, resolved, task, model, tokenizer, results["format"], labels, bundle),
+        Job(recipe, resolved, task, model, tokenizer, results["format"], labels, bundle, new),
         None if full else str(recipe.name),
     )
 

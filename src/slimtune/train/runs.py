@@ -6,6 +6,7 @@
       metrics.jsonl      one line per logged step
       checkpoints/       step folders, each complete (written beside, then renamed)
       adapter/           the result (or model/ after `method: full`)
+      tokenizer/         with the recipe's `add_tokens`, if it has any
       results.json       everything the report shows
       summary.json       the few figures a script wants
       report.html        one self-contained page; figures/*.png are its pictures
@@ -106,6 +107,11 @@ class RunFolder:
     def model(self) -> Path:
         """Where `method: full` leaves its weights."""
         return self.path / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where a run with new tokens leaves the tokenizer that knows them."""
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:

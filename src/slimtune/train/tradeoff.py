@@ -111,9 +111,17 @@ def _cut(prepared: Prepared, config: Any, spec: Spec, depth: int) -> Any:
     cls: Any = base_class(prepared.model)
     with torch.random.fork_rng(devices=[]):
         model = cls._from_config(small, dtype=pick_dtype("auto"))
-        st.attach(model, replace(spec, layers=None), name="probe")
+        st.attach(model, _everywhere(spec), name="probe")
     st.lean(model)
     return model.train()
+
+
+def _everywhere(spec: Spec) -> Spec:
+    """Return a spec without its choice of layers, and those of its members."""
+    from slimtune.methods.union import Union
+
+    spec = replace(spec, layers=None)
+    return replace(spec, of=tuple(_everywhere(s) for s in spec.of)) if isinstance(spec, Union) else spec
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor], every: int) -> tuple[float, float, float]:
