@@ -14,7 +14,7 @@ help:
 	@echo "make demo      set up, then train and check a LoRA on a real model (about 6 minutes after set-up)"
 	@echo "make test      set up, then run the tests (under 12 minutes on 2 cores)"
 	@echo "make test-all  every test, the slow proofs included"
-	@echo "make bench     the benchmarks, side by side with the reference library"
+	@echo "make bench     the benchmarks, side by side with the reference library, and the arena (about four hours; it goes on where it stopped)"
 	@echo "make docs      write the generated pages under docs/"
 	@echo "make lint types clean"
 
@@ -40,10 +40,12 @@ test-all: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/slimtune bench methods --out docs/arena
 
 docs: setup
 	$(BIN)/python -m slimtune.testing.matrix --write docs/support-matrix.md
 	$(BIN)/python -m slimtune.testing.architectures --write docs/architectures.md
+	$(BIN)/python -m slimtune.testing.method_pages --write docs/methods
 
 lint: setup
 	$(BIN)/ruff check .
