@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-import slimtune as st
 from slimtune.cli import check, train
 from slimtune.cli import eval as eval_command
+from slimtune.testing.matrix import own_methods
 from slimtune.train.runs import read_json
 
 
@@ -23,7 +23,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("base", ["llama", "bert"])
-@pytest.mark.parametrize("method", list(st.methods()))
+@pytest.mark.parametrize("method", own_methods())
 def test_check_train_eval(world: Path, method: str, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"task": "classification"} if base == "bert" else {}
     recipe = tiny.recipe(
