@@ -96,8 +96,7 @@ class PrefixTuning(Spec):
     Args:
         p: how many, in each layer.
         hidden: units of the network that makes them while training; 0: they are trained directly.
-        std: of the random numbers that they, or the table of the network, start from; default: 0.02, so that attention starts close to
-            what it was, and 1 for the table. (The reference starts at 1 and needs many more steps.)
+        std: of the random numbers that they, or the table of the network, start from. Starting large, they want a high learning rate (3e-2).
         seed: of those numbers.
         where: of an encoder-decoder: which of "encoder", "decoder" (both: attention to their own tokens) and "cross" (to the encoder's).
         targets: attention layers; "attention" means all.
@@ -113,7 +112,7 @@ class PrefixTuning(Spec):
     targets: str | tuple[str, ...] = "attention"
     p: int = 20
     hidden: int = 0
-    std: float | None = None
+    std: float = 1.0
     seed: int = 0
     where: tuple[str, ...] = PARTS
 
@@ -121,7 +120,7 @@ class PrefixTuning(Spec):
         wrong = [] if self.p >= 1 else [f"p must be at least 1, not {self.p}"]
         if self.hidden < 0:
             wrong.append(f"hidden must be at least 0, not {self.hidden}")
-        if self.std is not None and self.std <= 0:
+        if self.std <= 0:
             wrong.append(f"std must be positive, not {self.std}")
         if not self.where or not set(self.where) <= set(PARTS):
             wrong.append(f"where takes some of {', '.join(PARTS)}, not {self.where!r}")
@@ -151,7 +150,7 @@ class PrefixTuning(Spec):
             op = PrefixOp(site, self.p)
             if not site.blank:
                 for t in (op.K, op.V):
-                    fill(t, self.std or 0.02, self._draws(site))
+                    fill(t, self.std, self._draws(site))
             return op
         heads, wide_k, _ = site.kind.key_value(site.module)  # type: ignore[attr-defined]
         if "prefix network" not in site.shared:
@@ -159,7 +158,7 @@ class PrefixTuning(Spec):
             shapes: tuple[tuple[int, ...], ...] = ((self.p, d), (self.hidden, d), (self.hidden,))
             P, W1, b1 = (nn.Parameter(torch.zeros(s, device=site.device, dtype=site.dtype)) for s in shapes)
             if not site.blank:
-                fill(P, self.std or 1.0, self._draws(site))
+                fill(P, self.std, self._draws(site))
                 fill(W1, 1 / math.sqrt(d), self._draws(site))
             site.shared["prefix network"] = (P, W1, b1)
         made = MadePrefixOp(site, site.shared["prefix network"])
