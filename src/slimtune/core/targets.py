@@ -66,15 +66,18 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def heads(model: nn.Module) -> set[str]:
     """Return the paths of output heads: the output embedding, and linears beside the body of a transformers model."""
+    from slimtune.core.placing import base_modules
+
     found: set[str] = set()
+    modules = base_modules(model)  # what carries a hundred adapters has many more modules
     get = getattr(model, "get_output_embeddings", None)
     out = get() if callable(get) else None
     prefix = getattr(model, "base_model_prefix", "")
     body = model._modules.get(prefix) if prefix else None
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if (out is not None and module is out) or (body is not None and path and path.split(".")[0] != prefix):
             found.add(path)
-    return found or {path for path, _ in model.named_modules() if any(path == h or path.startswith(f"{h}.") for h in HEADS)}
+    return found or {path for path in modules if any(path == h or path.startswith(f"{h}.") for h in HEADS)}
 
 
 def candidates(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, nn.Module]:

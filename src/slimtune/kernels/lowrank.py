@@ -38,7 +38,7 @@ class _LowRank(torch.autograd.Function):
         xc = x if x.dtype == y.dtype else x.to(y.dtype)
         xd = xc if p == 0 else drop(xc, p, seed)
         h = F.linear(xd, a)  # [n, a] @ [a, r] -> [n, r]
-        _accumulate(y, h, b.t(), scale)  # y += s h B^T
+        _accumulate(y, h, b, scale)  # y += s h B^T
         ctx.save_for_backward(h, A, B, weight, *(made_of if ctx.needs_input_grad[4] else ()))
         ctx.scale, ctx.p, ctx.seed, ctx.make, ctx.shape, ctx.x_dtype = scale, p, seed, make, x.shape, x.dtype
         ctx.inputs = len(made_of)
@@ -74,8 +74,14 @@ class _LowRank(torch.autograd.Function):
         return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None] * ctx.inputs)
 
 
-def _accumulate(y: Tensor, h: Tensor, bt: Tensor, scale: float) -> None:
-    y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), bt, alpha=scale)
+FEW = 16  # rows; below it, as when text is written token by token, a product and a sum are faster than one accumulating product on CPUs
+
+
+def _accumulate(y: Tensor, h: Tensor, b: Tensor, scale: float) -> None:
+    if h.numel() <= FEW * h.shape[-1]:
+        y.add_(F.linear(h, b), alpha=scale)
+    else:
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b.t(), alpha=scale)
 
 
 def fusing(t: Tensor) -> bool:
