@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -54,12 +55,13 @@ def run(tasks: Iterable[Task], store: Store, limits: Limits, say: Say) -> None:
         if not any(_missing(task, c, store, limits) for c in who):
             say(f"{task.name}: all there")
             continue
-        job = load(task, store.path.parent / "work")
-        for c in who:
-            for kind, lr, seed in _missing(task, c, store, limits):
-                cell = _cell(job, task, c, kind, lr, seed, limits)
-                store.add({**cell, "version": version})
-                say(describe(cell))
+        with tempfile.TemporaryDirectory() as work:
+            job = load(task, Path(work))
+            for c in who:
+                for kind, lr, seed in _missing(task, c, store, limits):
+                    cell = _cell(job, task, c, kind, lr, seed, limits)
+                    store.add({**cell, "version": version})
+                    say(describe(cell))
 
 
 def _missing(task: Task, c: Contender, store: Store, limits: Limits) -> Iterator[tuple[str, float, int]]:
