@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import shutil
@@ -80,7 +81,12 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
     processes.wait_for_everyone()
     try:
         with quiet():
-            return _train(recipe, folder, resume, say, processes.is_main_process)
+            result = _train(recipe, folder, resume, say, processes.is_main_process)
+        if processes.num_processes > 1:
+            processes.wait_for_everyone()  # the main process writes longest; the others stay, so that none ends under its neighbours
+            atexit.unregister(_leave_together)
+            atexit.register(_leave_together)
+        return result
     except Stopped:
         raise
     except BaseException:
@@ -90,6 +96,12 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
                 with contextlib.suppress(OSError):  # somebody put something there meanwhile
                     parent.rmdir()
         raise
+
+
+def _leave_together() -> None:
+    """Close the process group before the interpreter goes: its threads would otherwise abort a process that has done its work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def checkpoint_blocks(model: Any, every: int) -> None:
