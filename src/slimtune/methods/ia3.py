@@ -2,7 +2,7 @@
 
 Paper: arXiv 2205.05638. Keys and values: y' = l * y (port output side of the layer); feed-forward: the input of its last layer, x' = l * x.
 Cost: b (or a) parameters per site, about a tenth of a small LoRA's; one multiplication. Merges into weight and bias.
-Choose it when there are few examples, or hundreds of tasks share one model: files are the smallest of all that merge.
+Choose it when there are few examples, or hundreds of tasks share one model: its files are among the smallest that merge.
 """
 
 from __future__ import annotations

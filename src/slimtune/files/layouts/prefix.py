@@ -31,8 +31,8 @@ from slimtune.files.layouts.config import FLAG, RANK, TARGETS, Fields, check_con
 from slimtune.files.layouts.full import FullCodec
 from slimtune.files.layouts.modular import paths_of
 from slimtune.files.layouts.patterns import shortest
-from slimtune.files.layouts.reading import kind_known, other_places, sensible
-from slimtune.files.layouts.reference import HEADS, about_model
+from slimtune.files.layouts.reading import drop_absent_heads, kind_known, other_places, sensible
+from slimtune.files.layouts.reference import about_model
 from slimtune.methods.prefix_tuning import PrefixTuning, crosses, moved, part_of, two_stacks
 
 WHOLE = "prompt_embeddings"
@@ -192,9 +192,7 @@ class PrefixLayout(Layout):
                 hint="train a prefix here: st.attach(model, st.PrefixTuning())",
             )
         modules = base_modules(model)
-        saved = config["modules_to_save"] or []
-        known = HEADS.get(config["task_type"] or "", set())  # named by the reference for any model of the task, there or not
-        config["modules_to_save"] = [m for m in saved if m not in known or any(path.endswith(m) for path in modules)]
+        drop_absent_heads(config, modules)
         places = [Place(path, "attention", "attention", "weight", "prefix_tuning", {"p": p}) for path in layers]
         places += [Place(s.path, "stream", "stream", "weight", "prefix_tuning", {"shift": p}) for s in moved(model, sites)]
         places += other_places(taker, modules, config, set(layers), _NEVER)

@@ -29,7 +29,7 @@ from slimtune.files.layouts.config import RANK, SHARE, TARGETS, Fields, check_co
 from slimtune.files.layouts.full import FullCodec
 from slimtune.files.layouts.modular import paths_of
 from slimtune.files.layouts.patterns import shortest
-from slimtune.files.layouts.reading import other_places, sensible
+from slimtune.files.layouts.reading import drop_absent_heads, other_places, sensible
 from slimtune.files.layouts.reference import HEADS, about_model
 from slimtune.methods.multitask_prompt import MultitaskPromptTuning
 from slimtune.methods.p_tuning import PTuning
@@ -203,9 +203,7 @@ class PromptLayout(Layout):
                 hint="train a prompt here: st.attach(model, st.PromptTuning())",
             )
         modules = base_modules(model)
-        saved = config["modules_to_save"] or []
-        known = HEADS.get(config["task_type"] or "", set())  # named by the reference for any model of the task, there or not
-        config["modules_to_save"] = [m for m in saved if m not in known or any(path.endswith(m) for path in modules)]
+        drop_absent_heads(config, modules)
         both = stacks == 2 and self.peft_type == MultitaskLayout.peft_type
         keep = first_place(model) and config["task_type"] == "SEQ_CLS"
         method = self.methods[0]

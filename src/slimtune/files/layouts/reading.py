@@ -16,6 +16,7 @@ from slimtune.core.targets import kind_of
 from slimtune.files.container import TensorFile
 from slimtune.files.layouts.base import OUTSIDE, PREFIX, Place, Taker
 from slimtune.files.layouts.patterns import from_targets, layer_number, named_by
+from slimtune.files.layouts.reference import HEADS
 
 
 def kind_known(module: nn.Module) -> Kind:
@@ -219,3 +220,9 @@ def sensible(spec: Spec) -> Spec:
     except SpecError as error:
         raise FormatError(f"adapter_config.json describes nothing that makes sense: {error.what}", where=error.where) from None
     return spec
+
+
+def drop_absent_heads(config: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+    """Take heads out of `modules_to_save` that this model does not have: the reference names some for any model of a task."""
+    known = HEADS.get(config["task_type"] or "", set())
+    config["modules_to_save"] = [m for m in config["modules_to_save"] or [] if m not in known or any(path.endswith(m) for path in modules)]
