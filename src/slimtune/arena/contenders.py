@@ -16,10 +16,11 @@ SEEDS = (0, 1, 2)
 RATES = {
     "full": 1e-4, "head": 2e-2, "ia3": 8e-3, "vera": 2e-2, "ln_tuning": 4e-3, "bitfit": 2e-3, "prompt_tuning": 3e-2, "p_tuning": 4e-3,
     "multitask_prompt_tuning": 3e-2, "prefix_tuning": 3e-2, "p_tuning_v2": 3e-2, "trainable_tokens": 8e-3, "adalora": 2e-2, "compacter": 6e-3,
+    "bottleneck": 2e-3, "houlsby": 2e-3, "parallel": 5e-4, "mam": 1.2e-4,
 }  # fmt: skip
 USUAL = 1e-3
 
-MAIN = ("lora", "dora", "adalora", "vera", "ia3", "bottleneck", "prefix_tuning", "prompt_tuning")  # those that also run on the larger model
+MAIN = ("lora", "dora", "ia3", "bottleneck", "prefix_tuning")  # those that also run on the larger model
 FIXED = ("majority", "tfidf")  # nothing to train by gradient
 PARTS = ("dense", "union", "gated")  # what others are made of: "head" is the first, MAM and UniPELT the others
 
@@ -59,11 +60,9 @@ def contenders(task: Task) -> list[Contender]:
     out += [Contender(n, "peft") for n in chosen if n in REFERENCE]
     if wide:
         out.append(Contender("head"))
-    elif task.score == "accuracy":
-        out.append(Contender("probe", ""))
     out.append(Contender("full", ""))
     if task.score == "accuracy":
-        out += [Contender("majority", ""), Contender("tfidf", "")]
+        out += [Contender(n, "") for n in ("probe", *FIXED)]
     return out
 
 

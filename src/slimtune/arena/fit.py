@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ class Setup:
         trainable: how many parameters train.
         save: writes what was learnt into a folder.
         each_step: called before the gradients are cleared, with the number of the step (the reference's AdaLoRA needs it).
+        mixed: float32 weights under bfloat16 autocast, as people fine-tune all weights of a model that is stored in bfloat16.
     """
 
     model: Any
     trainable: int
     save: Callable[[Path], object]
     each_step: Callable[[int], object] | None = None
+    mixed: bool = False
 
 
 def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup:
@@ -51,7 +54,7 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
     model = copy.deepcopy(job.model)
     if job.task == "classification":
         _new_head(model)
-    each_step = None
+    each_step, mixed = None, False
     if who.library == "peft":
         from peft import TaskType, get_peft_model
 
@@ -65,6 +68,7 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
                     p.requires_grad_(False)
         save: Callable[[Path], object] = model.save_pretrained
     elif who.name == "full":
+        mixed = model.dtype != torch.float32
         model.requires_grad_(True)
         model.float()
         save = model.save_pretrained
@@ -73,17 +77,19 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
         st.attach(model, spec)
         st.lean(model)
         save = lambda folder: st.save(model, folder)  # noqa: E731
-    return Setup(model, sum(p.numel() for p in set(model.parameters()) if p.requires_grad), save, each_step)
+    return Setup(model, sum(p.numel() for p in set(model.parameters()) if p.requires_grad), save, each_step, mixed)
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    """Return the linear layer that gives a classifier's logits."""
+    return next(m for m in map(model.get_submodule, heads(model)) if isinstance(m, nn.Linear))
 
 
 def _new_head(model: nn.Module) -> None:
     """Draw the classifier's head anew, so that seeds differ in it."""
-    std = float(model.config.initializer_range)  # type: ignore[union-attr, arg-type]
-    for path in heads(model):
-        module = model.get_submodule(path)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
+    head = _head(model)
+    nn.init.normal_(head.weight, std=float(model.config.initializer_range))  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(head.bias)
 
 
 def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int) -> dict[str, Any]:
@@ -143,6 +149,7 @@ def train(job: Job, task: Task, setup: Setup, lr: float, seed: int, steps: int) 
             disable_tqdm=True,
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
+            bf16=setup.mixed,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(setup.model, args, train_dataset=job.train_rows, data_collator=job.collate, callbacks=[EachStep()])
@@ -184,7 +191,10 @@ def baseline(job: Job, who: Contender) -> dict[str, Any]:
 
 
 def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[str, str]], test_rows: list[Any]) -> float:
-    """Return the accuracy of a logistic regression on the frozen model's last hidden state at the end of the prompt: a head alone."""
+    """Return the accuracy of a logistic regression, trained to its optimum, on what the frozen model gives a head: a head alone.
+
+    That is the input of a classifier's head, and the last hidden state at the end of the prompt of a causal model.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -193,12 +203,16 @@ def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[s
         from slimtune.train.collate import Collator
         from slimtune.train.evaluate import measuring
 
-        out = []
-        with measuring(job.model):
+        out: list[torch.Tensor] = []
+        head = _head(job.model) if job.task == "classification" else None
+        watch = head.register_forward_pre_hook(lambda module, args: out.append(args[0].float())) if head is not None else nullcontext()
+        with measuring(job.model), torch.inference_mode(), watch:
             for i in range(0, len(rows), 16):
+                if head is not None:
+                    job.model(**job.collate(rows[i : i + 16]))
+                    continue
                 batch = Collator(job.tokenizer.pad_token_id, left=True)([{"input_ids": job.prompt_of(r)} for r in rows[i : i + 16]])
-                hidden = job.model(**batch, output_hidden_states=True).hidden_states[-1]
-                out.append(hidden[:, -1].float())
+                out.append(job.model(**batch, output_hidden_states=True).hidden_states[-1][:, -1].float())
         return torch.cat(out).numpy()
 
     rows = job.train_rows.to_list()

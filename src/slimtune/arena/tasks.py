@@ -56,16 +56,16 @@ TASKS = (
         "smollm2-reviews",
         "SmolLM2 (135 M) answers whether a food review is great",
         {
-            "model": SMOLLM2, "data": "builtin:fine_foods", "limit_train": 1500, "max_length": 80, "truncate": "ends",
+            "model": SMOLLM2, "data": "builtin:fine_foods", "limit_train": 1500, "max_length": 64, "truncate": "ends",
             "prompt_template": '{text}\n\nRating ("great" or "other"): "', "completion_template": "{label}",
         },
-        steps=60, batch=8, valid=100, test=300, plain=True,
+        steps=40, batch=8, valid=100, test=240, plain=True,
     ),
     Task(
         "smollm2-phonemes",
         "SmolLM2 (135 M) writes how an English word sounds",
         {"model": SMOLLM2, "data": "phonemes", "max_length": 64},
-        steps=150, batch=16, valid=100, test=150, score="phonemes", plain=True,
+        steps=100, batch=16, valid=100, test=150, score="phonemes", plain=True,
     ),
 )  # fmt: skip
 
