@@ -20,7 +20,6 @@ RATES = {
 }  # fmt: skip
 USUAL = 1e-3
 
-MAIN = ("lora", "dora", "ia3", "bottleneck", "prefix_tuning")  # those that also run on the larger model
 FIXED = ("majority", "tfidf")  # nothing to train by gradient
 PARTS = ("dense", "union", "gated")  # what others are made of: "head" is the first, MAM and UniPELT the others
 
@@ -54,11 +53,10 @@ def contenders(task: Task) -> list[Contender]:
     from slimtune.core.registry import methods
 
     names = [n for n, cls in methods().items() if cls.__module__.startswith("slimtune.")]
-    wide = task.settings.get("task") == "classification"
-    chosen = [n for n in names if (wide or n in MAIN) and n not in PARTS]
+    chosen = [n for n in names if (not task.methods or n in task.methods) and n not in PARTS]
     out = [Contender(n) for n in chosen]
-    out += [Contender(n, "peft") for n in chosen if n in REFERENCE]
-    if wide:
+    out += [Contender(n, "peft") for n in chosen if n in REFERENCE and (not task.reference or n in task.reference)]
+    if task.settings.get("task") == "classification":
         out.append(Contender("head"))
     out.append(Contender("full", ""))
     if task.score == "accuracy":

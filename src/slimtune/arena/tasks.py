@@ -32,6 +32,8 @@ class Task:
         test: rows that the score is measured on.
         score: "accuracy", or "phonemes": 1 - the phoneme error rate of what the model writes.
         plain: whether the loss on plain English can be asked for (causal language models).
+        methods: the methods that take part; empty: all.
+        reference: those of them whose twin in the reference library takes part; empty: all that it has.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Task:
     test: int
     score: str = "accuracy"
     plain: bool = False
+    methods: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()
 
 
 TASKS = (
@@ -60,12 +64,14 @@ TASKS = (
             "prompt_template": '{text}\n\nRating ("great" or "other"): "', "completion_template": "{label}",
         },
         steps=40, batch=8, valid=100, test=240, plain=True,
+        methods=("lora", "dora", "ia3", "bottleneck", "prefix_tuning"), reference=("lora", "ia3", "prefix_tuning"),
     ),
     Task(
         "smollm2-phonemes",
         "SmolLM2 (135 M) writes how an English word sounds",
         {"model": SMOLLM2, "data": "phonemes", "max_length": 64},
         steps=100, batch=16, valid=100, test=150, score="phonemes", plain=True,
+        methods=("lora", "ia3", "bottleneck", "prefix_tuning"), reference=("lora",),
     ),
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ class Slot(nn.Module):
         super().__init__()
         self.state, self.kind, self.path = state, kind, path
         self.mixed: Any = None  # what a kind keeps for the plan it saw last
+        self.chained: tuple[Plan | None, Any] = (None, None)  # that plan's chain here
         self.facts: Any = None  # what a kind has found out about this module
         self.taps: dict[str, Tap] = {}  # entrance -> what brings its input here
 
@@ -38,11 +39,15 @@ class Slot(nn.Module):
         if name not in self._modules:
             self._modules[name] = Ops()
         self._modules[name]._modules[key] = op  # type: ignore[union-attr]
-        self.mixed = None
+        self.forget()
 
     def drop(self, name: str) -> None:
         self._modules.pop(name, None)
-        self.mixed = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was worked out for the plan seen last."""
+        self.mixed, self.chained = None, (None, None)
 
     def ops(self, name: str) -> list[Op]:
         """Return the ops of an adapter here, in the order they were attached."""
@@ -85,7 +90,7 @@ class Slot(nn.Module):
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mixed": None}
+        return {**self.__dict__, "mixed": None, "chained": (None, None)}
 
 
 class Ops(nn.Module):
@@ -99,11 +104,13 @@ class Hosted:
     slim: Slot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.slim.state.current()
+        slot: Slot = self._modules["slim"]  # type: ignore[attr-defined]  # an attribute of a module takes long to find, and this runs for every token
+        plan = slot.state.current()
         base = super().forward  # type: ignore[misc]
+        held = slot._modules
         for name in plan.names:
-            if name in self.slim._modules:
-                return self.slim.kind.forward(self, base, plan, args, kwargs)  # type: ignore[arg-type]
+            if name in held:
+                return slot.kind.forward(self, base, plan, args, kwargs)  # type: ignore[arg-type]
         return base(*args, **kwargs)
 
 

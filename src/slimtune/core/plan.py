@@ -86,9 +86,15 @@ class Plan:
 
     def uniform(self, slot: Slot) -> Chain | None:
         """Return the one chain for all rows at a slot, or None when rows differ."""
-        if self.size is None:
+        if self.size is not None:
+            return None
+        if torch.compiler.is_compiling():
             return slot.chain(self.segments[0][1])
-        return None
+        plan, chain = slot.chained
+        if plan is not self:
+            chain = slot.chain(self.segments[0][1])
+            slot.chained = (self, chain)  # one assignment: another thread sees the old or the new
+        return chain
 
     def split(self, slot: Slot, batch: int, device: torch.device, host: nn.Module) -> list[Part]:
         """Return (rows, chain) for every segment that has ops at this slot."""

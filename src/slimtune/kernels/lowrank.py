@@ -74,7 +74,7 @@ class _LowRank(torch.autograd.Function):
         return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None] * ctx.inputs)
 
 
-FEW = 16  # rows; below it, as when text is written token by token, a product and a sum are faster than one accumulating product on CPUs
+FEW = 16  # rows; below it, as when text is written token by token, what a product costs is its call, not its FLOPs
 
 
 def _accumulate(y: Tensor, h: Tensor, b: Tensor, scale: float) -> None:
@@ -82,6 +82,15 @@ def _accumulate(y: Tensor, h: Tensor, b: Tensor, scale: float) -> None:
         y.add_(F.linear(h, b), alpha=scale)
     else:
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b.t(), alpha=scale)
+
+
+def _without_gradient(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return y with s x A^T B^T added in place. Few rows are multiplied in the type of the masters: casting x is cheaper than casting A and B."""
+    if x.numel() <= FEW * x.shape[-1]:
+        return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=scale)
+    a, b = A.to(y.dtype), B.to(y.dtype)
+    _accumulate(y, F.linear(x.to(y.dtype), a), b, scale)
+    return y
 
 
 def fusing(t: Tensor) -> bool:
@@ -103,6 +112,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
     """
     if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad) or is_kept(y):
         y = y.clone(memory_format=torch.contiguous_format)
+    if p == 0 and not torch.is_grad_enabled():
+        return _without_gradient(y, x, A, B, scale)
     recipe = recipe_of(x)
     return _LowRank.apply(x, y, None, None, A, B, scale, p, draw_seed(x, A) if p else 0, recipe.make, *recipe.inputs)
 
@@ -115,5 +126,7 @@ def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
         weight, bias: [b, a] and [b] or None, of x's type; they get no gradient.
         A, B, scale, p: as in `add_low_rank`.
     """
+    if p == 0 and not torch.is_grad_enabled():
+        return _without_gradient(F.linear(x, weight, bias), x, A, B, scale)
     recipe = recipe_of(x)
     return _LowRank.apply(x, None, weight, bias, A, B, scale, p, draw_seed(x, A) if p else 0, recipe.make, *recipe.inputs)

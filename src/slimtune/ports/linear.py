@@ -61,13 +61,14 @@ class LinearKind(Kind):
         self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it."""
-        chain = plan.uniform(host.slim)
+        chain = plan.uniform(host._modules["slim"])
         if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host):
             op, w = chain[0][0]
             fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None  # type: ignore[operator]
             if fused is not None:
                 A, B, scale, p = fused
-                return linear_low_rank(args[0], host.weight, host.bias, A, B, scale if w is None else scale * float(w), p)
+                own = host._parameters
+                return linear_low_rank(args[0], own["weight"], own["bias"], A, B, scale if w is None else scale * float(w), p)
         if chain is None and len(args) == 1 and not torch.is_grad_enabled():
             mixed = self._mixed(host, plan, args[0])
             if mixed is not None:
@@ -112,7 +113,7 @@ def _stack(plan: Plan, slot: Slot, x: Tensor, kind: str) -> tuple[Stacked, Group
             return None
         pairs.append((pair[0], pair[1], pair[2] if w is None else pair[2] * float(w)))
         rows.append(list(range(selected.start, selected.stop)) if isinstance(selected, slice) else selected.tolist())
-    return (stack(pairs, x.dtype), groups(rows, x.device)) if pairs else None
+    return (stack(pairs, x.dtype), groups(rows, x.shape[0], x.device)) if pairs else None
 
 
 def _frozen_plain(host: Any) -> bool:
