@@ -1,7 +1,7 @@
 """Cross entropy of a frozen linear head, without ever holding the logits of all rows.
 
 Only supervised rows go through the head; they go in chunks, and each chunk's gradient with respect to its input is computed at once in
-forward, so that [chunk, V] is all that lives of the logits, and [m, d] is all that is kept for backward.
+forward, over its logits, so that [chunk, V] is all that lives of them, and [m, d] is all that is kept for backward.
 
 Exact to the plain computation: logits in the data's type, then float32, then log-softmax; sums over chunks are in float32.
 """
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+CACHED = 2**20  # logits that go through the softmax at a time on a CPU, so that its float32 copies stay in the cache
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -25,25 +28,14 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide_type, device=hidden.device)
         need = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if need else None
+        block = max(1, CACHED // weight.shape[0]) if hidden.device.type == "cpu" else chunk
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk]
-            t = target[start : start + chunk]
             logits = F.linear(h, weight, bias)  # [c, d] @ [d, V] -> [c, V]
-            wide = logits.to(total.dtype)
-            capped = softcap * torch.tanh(wide / softcap) if softcap else wide
-            logp = F.log_softmax(capped, -1)
-            picked = logp.gather(-1, t[:, None]).squeeze(-1)
-            total -= picked.sum() * (1.0 - smoothing)
-            if smoothing:
-                total -= logp.mean(-1).sum() * smoothing
+            for part, t in zip(logits.split(block), target[start : start + chunk].split(block), strict=True):
+                total += _part(part, t, smoothing, softcap, wide_type, need)
             if grad is not None:
-                d = logp.exp_()  # softmax
-                d.scatter_add_(-1, t[:, None], torch.full_like(picked, -(1.0 - smoothing))[:, None])
-                if smoothing:
-                    d -= smoothing / d.shape[-1]
-                if softcap:
-                    d *= 1.0 - (capped / softcap) ** 2
-                grad[start : start + chunk] = d.to(hidden.dtype) @ weight  # [c, V] @ [V, d] -> [c, d]
+                torch.mm(logits, weight, out=grad[start : start + chunk])  # [c, V] @ [V, d] -> [c, d]
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -53,6 +45,26 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
         return grad * g.to(grad.dtype), None, None, None, None, None, None, None
+
+
+def _part(logits: Tensor, target: Tensor, smoothing: float, softcap: float, wide_type: torch.dtype, need: bool) -> Tensor:
+    """Return the loss of some rows of logits [c, V], and write its gradient over them if there is need."""
+    wide = logits.to(wide_type)
+    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
+    logp = F.log_softmax(capped, -1)
+    picked = logp.gather(-1, target[:, None])
+    loss = picked.sum() * (smoothing - 1.0)
+    if smoothing:
+        loss -= logp.mean(-1).sum() * smoothing
+    if need:
+        d = logp.exp_()  # softmax
+        d.scatter_add_(-1, target[:, None], torch.full_like(picked, smoothing - 1.0))
+        if smoothing:
+            d -= smoothing / d.shape[-1]
+        if softcap:
+            d *= 1.0 - (capped / softcap) ** 2
+        logits.copy_(d)
+    return loss
 
 
 def head_loss(

@@ -2,10 +2,14 @@
 
 Paper: arXiv 1910.07467. Written by hand because autograd keeps the float32 copies of x, of x^2 and of the normalised x; here x (which
 the residual stream keeps anyway) and one number per token stay. `style` says where the rounding to the data's type happens.
+
+Projections that read one norm ask for its output one after the other in backward: it is made once for all of them, and let go of when a
+norm's own backward or forward runs.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -15,13 +19,17 @@ from torch.autograd.function import once_differentiable
 from slimtune.kernels.recipe import mark
 
 
+_LAST = threading.local()
+
+
 def _styled(x: Tensor, rstd: Tensor, gain: Tensor, style: str) -> Tensor:
-    normal = x.float() * rstd if x.dtype != torch.float64 else x * rstd
+    normal = x * rstd if x.dtype == rstd.dtype else x.to(rstd.dtype).mul_(rstd)
     if style == "llama":  # gain * round(x_hat)
-        return gain * normal.to(x.dtype)
+        rounded = normal.to(x.dtype)
+        return rounded.mul_(gain) if gain.dtype == x.dtype else gain * rounded
     if style == "gemma":  # round(x_hat * (1 + gain))
-        return (normal * (1.0 + gain.to(normal.dtype))).to(x.dtype)
-    return (gain.to(normal.dtype) * normal).to(x.dtype)  # "float": round(gain * x_hat)
+        return normal.mul_(1.0 + gain.to(normal.dtype)).to(x.dtype)
+    return normal.mul_(gain.to(normal.dtype)).to(x.dtype)  # "float": round(gain * x_hat)
 
 
 STYLES = ("llama", "gemma", "float")
@@ -30,8 +38,10 @@ STYLES = ("llama", "gemma", "float")
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, style: str) -> tuple[Tensor, Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [n, 1]
+        _LAST.made = None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # in one pass, without a wide copy of x
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
         ctx.save_for_backward(x, rstd, gain)
         ctx.style = style
         ctx.mark_non_differentiable(rstd)
@@ -40,11 +50,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
+        _LAST.made = None
         x, rstd, gain = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        w = gain.to(wide.dtype)
-        gw = g.to(wide.dtype) * ((1.0 + w) if ctx.style == "gemma" else w)  # gradient of x_hat
-        normal = wide * rstd
+        w = gain.to(rstd.dtype)
+        gw = g.to(rstd.dtype) * ((1.0 + w) if ctx.style == "gemma" else w)  # gradient of x_hat
+        normal = x * rstd if x.dtype == rstd.dtype else x.to(rstd.dtype).mul_(rstd)
         mean = (gw * normal).mean(-1, keepdim=True)
         dx = gw.addcmul_(normal, mean, value=-1).mul_(rstd)  # rstd (gw - x_hat mean(gw x_hat))
         return dx.to(x.dtype), None, None, None
@@ -67,4 +77,10 @@ class _Remake:
         self.style = style
 
     def __call__(self, x: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:
-        return _styled(x, rstd, gain, self.style)
+        last = getattr(_LAST, "made", None)
+        key = (x.data_ptr(), x._version, rstd.data_ptr(), rstd._version, gain.data_ptr(), gain._version, x.shape, x.stride(), x.dtype, self.style)
+        if last is None or last[0] != key:
+            # The inputs are held as well: while they live, nothing else can stand where they stand.
+            last = _LAST.made = (key, _styled(x, rstd, gain, self.style), x, rstd, gain)
+        made: Tensor = last[1]
+        return made
