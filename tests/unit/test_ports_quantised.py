@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -191,3 +192,19 @@ def test_unknown_quantised_weights_are_not_read() -> None:
     model(torch.randn(2, 4))
     with pytest.raises(st.SlimtuneError, match=r"keeps its weight as torch\.int8"):
         st.merge(model, "default")
+
+
+def test_a_merge_that_loses_much_of_the_change_says_so() -> None:
+    """A change smaller than a step of four bits, or of bfloat16, is mostly rounded away; float32 keeps it, and nothing is said."""
+    plain = nn.Sequential(nn.Linear(64, 64))
+    for model, silent in ((build("nf4")[0], False), (copy.deepcopy(plain).to(torch.bfloat16), False), (plain, True)):
+        st.attach(model, st.LoRA(r=2, targets=("0",)))
+        randomise(model, "default", 1e-3)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            st.merge(model, "default")
+        found = [str(w.message) for w in said if "rounds by" in str(w.message)]
+        assert (not found) == silent
+        if found:
+            assert "most at 0:" in found[0]
+        st.unmerge(model)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 CACHED = 2**20  # logits that go through the softmax at a time on a CPU, so that its float32 copies stay in the cache
 
 

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from slimtune.kernels.recipe import mark
 
-
 _LAST = threading.local()
 
 

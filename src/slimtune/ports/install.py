@@ -31,6 +31,7 @@ def install(module: nn.Module, **values: Tensor | None) -> Exchange:
         if name not in module._parameters:
             raise MergeError(
                 f"{name!r} of this {type(module).__name__} is computed (by a parametrization or weight norm), so nothing can be merged into it",
+                where=getattr(module._modules.get("slim"), "path", ""),
                 hint="remove the parametrization first: torch.nn.utils.parametrize.remove_parametrizations",
             )
         if isinstance(value, nn.Parameter):  # a quantised parameter made by its own library
