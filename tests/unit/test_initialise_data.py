@@ -13,7 +13,7 @@ from slimtune.core.errors import DataError, SpecError
 from slimtune.core.state import state_of
 from slimtune.initialise.eva import absorb, shares
 from slimtune.testing.cases import case
-from slimtune.testing.zoo import gpt2, llama
+from slimtune.testing.zoo import gpt2, llama, t5
 
 DATA_INITS = ["eva", "corda", "corda_kpm", "lora_ga"]
 
@@ -67,6 +67,25 @@ def test_eva_takes_the_principal_directions(make: Any, target: str) -> None:
         torch.testing.assert_close(op.A @ op.A.T, torch.eye(4), atol=1e-5, rtol=0)
         assert not op.B.any()
         assert op.A0 is None
+
+
+def test_padding_counts_on_neither_side_of_an_encoder_decoder() -> None:
+    """Rows that are padded, with rubbish under the mask, give the directions of the same rows one at a time; cross-attention included."""
+    g = torch.Generator().manual_seed(1)
+    rows = [(torch.randint(3, 99, (1, n), generator=g), torch.randint(3, 99, (1, m), generator=g)) for n, m in ((20, 7), (12, 16), (16, 12), (9, 10))]
+    alone = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": wanted} for ids, wanted in rows]
+    ids, mask, labels = torch.randint(3, 99, (4, 20), generator=g), torch.zeros(4, 20, dtype=torch.long), torch.full((4, 16), -100)
+    for i, (own, wanted) in enumerate(rows):
+        ids[i, : own.shape[1]], mask[i, : own.shape[1]], labels[i, : wanted.shape[1]] = own[0], 1, wanted[0]
+    together = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    found = []
+    for data in (alone, together):
+        model = t5()
+        st.attach(model, st.LoRA(r=3, init="eva", rho=1.0, targets=("q", "k", "v", "wi*")), data=data)
+        found.append({path: op.A.detach() for path, op in ops(model).items()})
+    assert any("EncDecAttention.k" in path for path in found[0])
+    for path, A in found[0].items():
+        assert smallest_cosine(A, found[1][path]) > 0.99, path
 
 
 def test_incremental_svd_is_exact_while_nothing_is_cut_off() -> None:

@@ -107,8 +107,8 @@ class Lost:
         if share > MUCH:
             worst, path, dtype = self.worst
             warnings.warn(
-                f"merging into weights kept as {dtype.removeprefix('torch.')} rounds by {share:.0%} of what the adapter changes there (most at {path}: "
-                f"{worst:.0%}). Compare outputs before you rely on it; unmerged, or merged into a float32 base, nothing is lost",
+                f"merging into weights kept as {dtype.removeprefix('torch.')} rounds by {share:.0%} of what the adapter changes there "
+                f"(most at {path}: {worst:.0%}). Compare outputs before you rely on it; unmerged, or merged into a float32 base, nothing is lost",
                 stacklevel=3,
             )
 

@@ -72,24 +72,25 @@ def look(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any, se
         raise DataError(f"init={spec.init!r} was given no batches", hint="st.attach(model, spec, data=[batch, ...])")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen: set[int] = set()
-    mask: Tensor | None = None
+    masks = Masks(model)
     same: tuple[Any, int, Tensor] | None = None  # the last input, its version and its rows: q, k and v read one tensor and see one object
 
     def noted(i: int, x: Tensor, g: Tensor | None) -> None:
         nonlocal same
         seen.add(i)
         if same is None or same[0]() is not x or same[1] != x._version:
-            same = (weakref.ref(x), x._version, _rows(x, mask))
+            same = (weakref.ref(x), x._version, _rows(x, None if backward else masks.of(sites[i].module, x)))
         see(i, same[2], None if g is None else g.reshape(-1, g.shape[-1]).float())
 
     with _as_it_was(model), ExitStack() as hooks:
+        masks.watch(hooks)
         for i, site in enumerate(sites):
             hook = _backward_hook(i, noted) if backward else _forward_hook(i, noted)
             handle = site.module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         for batch in bar(batches, f"init {spec.init}", "batch"):
             batch = _moved(batch, device)
-            mask = None if backward else _mask(model, batch, labels)
+            masks.read(batch, labels)
             with torch.set_grad_enabled(backward):
                 out = _call(model, batch)
                 if backward:
@@ -162,18 +163,48 @@ def _loss(out: Any, spec: Any) -> Tensor:
     return loss
 
 
-def _mask(model: nn.Module, batch: Any, labels: bool) -> Tensor | None:
-    """Return which tokens of a batch count [rows, tokens], or None for all; an encoder-decoder's two sides cannot be told apart."""
-    config: Any = model.__dict__.get("config")
-    if not isinstance(batch, dict) or (config is not None and getattr(config, "is_encoder_decoder", False)):
-        return None
-    mask: Tensor | None = batch.get("attention_mask")
-    mask = mask.bool() if mask is not None and mask.dim() == 2 else None
-    target = batch.get("labels")
-    ids = batch.get("input_ids")
-    if labels and target is not None and ids is not None and target.shape == ids.shape:
-        mask = target != -100 if mask is None else mask & (target != -100)
-    return mask
+class Masks:
+    """Which tokens of the current batch count: one mask [rows, tokens] or, in an encoder-decoder, one for each side."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.__dict__.get("config")
+        self.encoder: Any = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None  # type: ignore[operator]
+        self.within = set() if self.encoder is None else set(self.encoder.modules())
+        self.states: Tensor | None = None  # what the encoder has made of this batch: cross-attention reads it
+        self.main: Tensor | None = None
+        self.target: Tensor | None = None
+
+    def watch(self, hooks: ExitStack) -> None:
+        """See what the encoder makes, for as long as `hooks` is open."""
+
+        def made(module: nn.Module, args: Any, out: Any) -> None:
+            self.states = first_tensor(out)
+
+        if self.encoder is not None:
+            hooks.callback(self.encoder.register_forward_hook(made).remove)
+
+    def read(self, batch: Any, labels: bool) -> None:
+        """Take the masks of a batch; with `labels`, tokens without a label do not count."""
+        self.main = self.target = self.states = None
+        if not isinstance(batch, dict):
+            return
+        mask, target, ids = (batch.get(k) for k in ("attention_mask", "labels", "input_ids"))
+        self.main = mask.bool() if mask is not None and mask.dim() == 2 else None
+        if self.encoder is not None:
+            own = batch.get("decoder_attention_mask")
+            if own is not None and own.dim() == 2:
+                self.target = own.bool()
+            if target is not None and target.dim() == 2 and (self.target is None or labels):
+                supervised = target != -100  # padding has no label, and in an encoder-decoder everything else has one
+                self.target = supervised if self.target is None else self.target & supervised
+        elif labels and target is not None and ids is not None and target.shape == ids.shape:
+            self.main = target != -100 if self.main is None else self.main & (target != -100)
+
+    def of(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the mask of a module's input x, None for all."""
+        if self.encoder is None or module in self.within or (self.states is not None and x.data_ptr() == self.states.data_ptr()):
+            return self.main
+        return self.target
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
