@@ -25,7 +25,7 @@ def cost(job: Job, task: Task, who: Contender, lr: float) -> dict[str, Any]:
     """
     setup = set_up(job, task, who, 0, WARM + TIMED)
     model = setup.model.train()
-    rows = sorted((job.train_rows[i] for i in range(8 * task.batch)), key=lambda r: -len(r["input_ids"]))[: task.batch]
+    rows = sorted((job.train_rows[i] for i in range(min(8 * task.batch, len(job.train_rows)))), key=lambda r: -len(r["input_ids"]))[: task.batch]
     batch = job.collate(rows)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     seconds = []

@@ -18,6 +18,9 @@ def write(store: Store, folder: Path) -> list[Path]:
     """Write README.md and a picture for each task that has results; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     made, parts = [], [_introduction(store)]
+    notes = folder / "notes.md"  # what a person has to say about the figures
+    if notes.is_file():
+        parts.append(notes.read_text(encoding="utf-8"))
     for task in TASKS:
         rows = results(task, store)
         if not rows:
@@ -71,8 +74,19 @@ def section(task: Task, rows: list[dict[str, Any]]) -> str:
             f"| {r['who']} | {r['score']:.3f} | {spread} | {r['trainable']:,} | {seconds} | {peak} "
             f"| {size(r['bytes']) if r['bytes'] else ''} | {forgetting} | {r['lr']:g} |"
         )
-    lines += ["", *(f"- {r['who']} takes no part: {r['refused']}" for r in rows if r["refused"] is not None), ""]
+    lines += ["", *_behind(done)]
+    lines += [*(f"- {r['who']} takes no part: {r['refused']}" for r in rows if r["refused"] is not None), ""]
     return "\n".join(lines)
+
+
+def _behind(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line about those that a head alone, or the commonest answer, is as good as: such a result must be explained."""
+    alone = [r for r in rows if r["name"] in ("head", "probe", "majority")]
+    if not alone:
+        return []
+    best = max(alone, key=lambda r: r["score"])
+    behind = [r["who"] for r in rows if r["trainable"] and r["score"] <= best["score"] and r not in alone]
+    return [f"- No better than {best['who']} ({best['score']:.3f}): {', '.join(behind)}."] if behind else []
 
 
 def pareto(task: Task, rows: list[dict[str, Any]], path: Path) -> None:

@@ -102,7 +102,7 @@ def load(task: Task, work: Path) -> Job:
 
     settings: dict[str, Any] = {"method": "lora", "name": task.name, "seed": 0, "valid_fraction": 0.15, "eval_batch_size": 32}
     settings |= {"out": str(work / "unused"), **task.settings}
-    if settings["data"] == "phonemes":
+    if settings.get("data") == "phonemes":
         settings |= phonemes(work)
     path = work / f"{task.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
