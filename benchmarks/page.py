@@ -48,7 +48,7 @@ def steps(r: Results) -> str:
 
 def rest(r: Results) -> list[str]:
     """Return the other sections, those that were measured."""
-    out = []
+    out = [levers(x) for x in r.get("levers", [])]
     if r.get("mixed"):
         lines = ["## A different adapter for each row, 1 token a row, no gradients", ""]
         lines += ["| rows, adapters | over the base, slimtune | over the base, peft | times faster |", "|---|---|---|---|"]
@@ -95,6 +95,24 @@ def rest(r: Results) -> list[str]:
     for x in r.get("meta", []):
         out.append("## Attaching LoRA to a 70B-shaped Llama without weights\n\n" + facts(x) + "\n")
     return out
+
+
+def levers(x: Results) -> str:
+    """Return what each lever is worth, and what no lever can touch."""
+    s, kept = x["median"], x["kept_mib"]
+    lines = [f"## What each lever is worth (SmolLM2, {x['dtype']}, LoRA without dropout)", ""]
+    lines += ["| without | step | kept for backward |", "|---|---|---|"]
+    for name, seconds in s.items():
+        if name in kept:
+            what = {"all": "none of them left out", "everything": "everything: plain autograd"}.get(name, name)
+            lines.append(f"| {what} | {seconds:.2f} s ({seconds / s['all']:.2f}x) | {kept[name]:.0f} MiB |")
+    alone = s["products alone"]
+    flops = x["products_flops"] / 1e9
+    text = (
+        f"The products with the frozen weights alone, forward and for input gradients, are {flops:.0f} GFLOP and take {alone:.2f} s here "
+        f"({flops / alone:.0f} GFLOP/s): {alone / s['all']:.2f} of a step. Nothing that trains through the whole model can go below."
+    )
+    return "\n".join([*lines, "", text, ""])
 
 
 def facts(x: Results) -> str:
