@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.models import inputs, ours, smollm2
 from benchmarks.training_step import alternate, step_bytes, stepper
-from slimtune.core.host import generalise
+from slimtune.core.mixing import generalise
 from slimtune.methods import lora
 from slimtune.ports import linear
 from slimtune.savers.attention import plain_attention

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimtune.algebra.merge import merged_sites, merged_values
 from slimtune.core.errors import MergeError
 from slimtune.core.fold import Chain, members
-from slimtune.core.host import base_class
+from slimtune.core.mixing import base_class
 from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.plan import NameLink
 from slimtune.files.container import flush, plan_entries, raw_view, write_header

@@ -1,8 +1,4 @@
-"""Host: a module that carries ops, by changing its class to a subclass made on the fly.
-
-`module.__class__ = hosted(type(module), ...)`: names, isinstance checks and state-dict keys do not move, and any quantised layer
-works since its own forward is what runs. The classes are rebuilt on unpickling, so pickle and deepcopy work.
-"""
+"""Host: a module that carries ops in a slot, and the model itself, whose plan they follow (see `core.mixing` for how classes change)."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from torch import Tensor, nn
 from slimtune.core.errors import PlanError
 from slimtune.core.fold import entries
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import generalise, specialise
 from slimtune.core.op import Op
 from slimtune.core.plan import NameLink, Plan
 from slimtune.core.state import State
@@ -119,6 +116,11 @@ class Rooted:
 
     rank = 0
     slim_state: State
+
+    @staticmethod
+    def slim_suits(base: type) -> bool:
+        """Tell whether a class has anything that must be done here."""
+        return hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the plan's rows repeated for beams and returned sequences."""
@@ -247,75 +249,6 @@ class KeepPlan:
     def _reentrant(self, kwargs: dict[str, Any]) -> bool:
         own = self.func.keywords if isinstance(self.func, functools.partial) else {}
         return bool({**own, **kwargs}.get("use_reentrant", False))
-
-
-# ---- classes made on the fly --------------------------------------------------------------------------------------
-_CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
-
-
-def hosted(base: type, mixins: tuple[type, ...]) -> type:
-    """Return the subclass of `base` with `mixins` in front, made once."""
-    key = (base, mixins)
-    if key not in _CLASSES:
-        body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body |= {"slim_base": base, "slim_mixins": mixins, "__reduce_ex__": _reduce_ex}
-        cls = type(base.__name__, (*mixins, base), body)
-        if any(getattr(m, "keeps_signature", False) for m in mixins):
-            cls.forward = _signed(cls, base)  # type: ignore[attr-defined]
-        _CLASSES[key] = cls
-    return _CLASSES[key]
-
-
-def _signed(cls: type, base: type) -> Callable[..., Any]:
-    """Return a forward with the signature of the base's: trainers read from it which columns a model takes."""
-
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return super(cls, self).forward(*args, **kwargs)  # type: ignore[arg-type, misc]
-
-    return forward
-
-
-def specialise(module: nn.Module, mixin: type) -> None:
-    """Add a mixin to the class of one module."""
-    base, mixins = type(module), ()
-    if "slim_mixins" in base.__dict__:
-        base, mixins = base.slim_base, base.slim_mixins  # type: ignore[attr-defined]
-    if mixin in mixins:
-        return
-    wanted = tuple(sorted((*mixins, mixin), key=lambda m: m.rank))  # type: ignore[attr-defined]
-    if mixin is Rooted and not (hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")):
-        return
-    module.__class__ = hosted(base, wanted)
-
-
-def generalise(module: nn.Module, mixin: type) -> None:
-    """Take a mixin away again; without any left the module has its very first class."""
-    cls = type(module)
-    if "slim_mixins" not in cls.__dict__:
-        return
-    left = tuple(m for m in cls.slim_mixins if m is not mixin)  # type: ignore[attr-defined]
-    base = cls.slim_base  # type: ignore[attr-defined]
-    module.__class__ = hosted(base, left) if left else base
-
-
-def base_class(module: nn.Module) -> type:
-    """Return the class a module had before anything was attached."""
-    cls = type(module)
-    return cls.slim_base if "slim_mixins" in cls.__dict__ else cls  # type: ignore[attr-defined]
-
-
-def _blank(base: type, mixins: tuple[type, ...]) -> nn.Module:
-    cls = hosted(base, mixins)
-    made: nn.Module = cls.__new__(cls)  # type: ignore[call-overload]
-    return made
-
-
-def _reduce_ex(self: nn.Module, protocol: int) -> Any:
-    cls = type(self)
-    reduced = object.__reduce_ex__(self, 2)
-    state = reduced[2] if len(reduced) > 2 else self.__dict__
-    return _blank, (cls.slim_base, cls.slim_mixins), state  # type: ignore[attr-defined]
 
 
 def host(module: nn.Module, state: State, kind: Kind, path: str) -> Slot:

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from slimtune.core.errors import MergeError, NameInUse, SiteError
-from slimtune.core.host import KeepPlan, Rooted, Slot, check_rows, generalise, host, specialise, unhost, wrap_checkpoints
+from slimtune.core.host import KeepPlan, Rooted, Slot, check_rows, host, unhost, wrap_checkpoints
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import generalise, specialise
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan
 from slimtune.core.site import Site

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import SiteError, TargetError
-from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import base_class
 from slimtune.core.op import Op
 from slimtune.core.registry import register
 from slimtune.core.site import Site

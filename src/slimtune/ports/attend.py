@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError, SiteError
 from slimtune.core.fold import Chain, members, put
-from slimtune.core.host import Slot, base_class
+from slimtune.core.host import Slot
+from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
 from slimtune.ports.linear import BlockKind
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from slimtune.core.errors import PlanError
 from slimtune.core.fold import Chain, leaving, narrow, put, take
-from slimtune.core.host import Slot, generalise, specialise
+from slimtune.core.host import Slot
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import generalise, specialise
 from slimtune.core.plan import Plan
 from slimtune.core.state import State
 from slimtune.ports.attend import gathered

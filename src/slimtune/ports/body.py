@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.core.errors import TargetError
-from slimtune.core.host import base_class
+from slimtune.core.mixing import base_class
 
 NEEDS = {"input_ids", "inputs_embeds", "attention_mask"}
 # Arguments that hold something for each token and cannot be made up for a virtual one, or a state that is none of keys and values.

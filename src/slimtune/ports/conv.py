@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from slimtune.core.errors import CapabilityError
-from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
 from slimtune.ports.install import install
 

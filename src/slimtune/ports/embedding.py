@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.core.host import base_class
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import base_class
 from slimtune.ports.install import install
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.core.errors import MergeError
-from slimtune.core.host import Slot, base_class
+from slimtune.core.host import Slot
 from slimtune.core.kind import Kind
+from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
 from slimtune.kernels.lowrank import fusing, linear_low_rank
 from slimtune.kernels.mixed import Groups, Stacked, add_mixed, groups, stack

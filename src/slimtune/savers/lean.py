@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from slimtune.core.host import generalise, specialise
+from slimtune.core.mixing import generalise, specialise
 from slimtune.core.state import unwrap
 from slimtune.savers.attention import lean_attention, plain_attention
 from slimtune.savers.head import ChunkedLoss, LeanHead, LeanLoss

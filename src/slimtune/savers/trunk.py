@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import CapabilityError, SpecError
-from slimtune.core.host import base_class, generalise, specialise
+from slimtune.core.mixing import base_class, generalise, specialise
 from slimtune.core.placing import base_modules
 from slimtune.core.plan import Plan
 from slimtune.core.state import State, state_of, unwrap

@@ -106,7 +106,7 @@ def _cut(prepared: Prepared, config: Any, spec: Spec, depth: int) -> Any:
     small.num_hidden_layers = depth
     if isinstance(getattr(small, "layer_types", None), list):
         small.layer_types = small.layer_types[:depth]
-    from slimtune.core.host import base_class
+    from slimtune.core.mixing import base_class
 
     cls: Any = base_class(prepared.model)
     with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from slimtune.core.host import base_class
+from slimtune.core.mixing import base_class
 
 REFERENCE_VERSION = "0.21.2"  # the version whose layout this is
 HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
