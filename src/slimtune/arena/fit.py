@@ -95,7 +95,7 @@ def _new_head(model: nn.Module) -> None:
 def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """Train once for `steps` optimiser steps and return the figures: `valid` chooses the learning rate, `score` is of the test rows."""
     if who.name in ("majority", "tfidf", "probe"):
-        return baseline(job, who)
+        return baseline(job, who, steps * task.batch)
     setup = set_up(job, task, who, seed, steps)
     train(job, task, setup, lr, seed, steps)
     mine = replace(job, model=setup.model)
@@ -174,13 +174,17 @@ def _bytes(setup: Setup) -> int:
         return folder_bytes(Path(folder) / "saved")
 
 
-def baseline(job: Job, who: Contender) -> dict[str, Any]:
-    """Return the score of something that is not trained by gradient: on the words, or on the frozen model's features."""
+def baseline(job: Job, who: Contender, seen: int) -> dict[str, Any]:
+    """Return the score of something that is not trained by gradient: on the words, or on the frozen model's features.
+
+    Args:
+        seen: how many training rows it gets: as many as a run of the others sees, at most all.
+    """
     from slimtune.train.baselines import majority, tfidf
 
     raw = job.bundle.raw
     train, test = ([(str(r["text"]), str(r["label"])) for r in raw[k]] for k in ("train", "test"))
-    test = test[: len(job.held_out())]
+    train, test = train[:seen], test[: len(job.held_out())]
     if who.name == "probe":
         value = probe(job, train, test, job.held_out())
     elif who.name == "majority":
@@ -215,7 +219,7 @@ def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[s
                 out.append(job.model(**batch, output_hidden_states=True).hidden_states[-1][:, -1].float())
         return torch.cat(out).numpy()
 
-    rows = job.train_rows.to_list()
+    rows = job.train_rows.to_list()[: len(train_words)]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=2000))
     model.fit(features(rows), [y for _, y in train_words])
     return float(model.score(features(test_rows), [y for _, y in test_words]))

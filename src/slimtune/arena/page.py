@@ -45,6 +45,7 @@ def _introduction(store: Store) -> str:
             "Made by `slimtune bench methods`; every cell is a line of `results.jsonl`. Every contender starts from the same model, sees the same",
             "rows in the same order for the same number of steps, and gets the same search:",
             f"{TRIALS} learning rates, the best on validation rows; then the seeds with that one, scored on test rows.",
+            "`probe` is a logistic regression on what the frozen model gives a head; it and `tfidf` get as many rows as a run of the others sees.",
             "`peft` rows are the reference library with the same settings under the same Trainer. Methods run with their defaults: this is a",
             "small and honest comparison, not a tuned one, and differences within the spread are none.",
             "",
