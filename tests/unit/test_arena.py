@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small import bert, jsonl, reviews
 
-from slimtune.arena.contenders import SEEDS, Contender, contenders
+from slimtune.arena.contenders import REFERENCE, SEEDS, Contender, contenders, spec_of
 from slimtune.arena.page import write
 from slimtune.arena.run import Limits, best_rate, results, run
 from slimtune.arena.store import Store
@@ -90,3 +90,10 @@ def test_everybody_gets_the_same_search() -> None:
         assert len({str(c) for c in who}) == len(who)
         assert {len(c.rates) for c in who if c.library != ""} == {3}
         assert any(c.name == "full" for c in who)
+
+
+def test_every_twin_in_the_reference_library_can_be_made() -> None:
+    """A mistake of ours in its settings would stand in the table as the reference's refusal."""
+    pytest.importorskip("peft")
+    for name, make in REFERENCE.items():
+        assert make(spec_of(name, TASKS[0], 200), 200).peft_type, name

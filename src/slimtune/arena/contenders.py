@@ -128,7 +128,7 @@ def _adalora(spec: Any, steps: int) -> Any:
 def _prompt(spec: Any, steps: int) -> Any:
     from peft import PromptTuningConfig
 
-    return PromptTuningConfig(num_virtual_tokens=spec.p)
+    return PromptTuningConfig(num_virtual_tokens=spec.tokens)
 
 
 def _prefix(spec: Any, steps: int) -> Any:
