@@ -113,8 +113,6 @@ def pareto(task: Task, rows: list[dict[str, Any]], path: Path) -> None:
             best = r["score"]
             front.append(r)
     ax.step([r["trainable"] for r in front], [r["score"] for r in front], where="post", color="#1f6f8b", alpha=0.35, linewidth=1.2)
-    for i, r in enumerate(sorted(ours, key=lambda r: r["trainable"])):
-        ax.annotate(r["name"], (r["trainable"], r["score"]), xytext=(4, (5, -10, 14, -18)[i % 4]), textcoords="offset points", fontsize=7)
     for r in flat:
         ax.axhline(r["score"], color="#888888", linewidth=0.8, linestyle="--")
         at: Any = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 3), "textcoords": "offset points", "ha": "right"}
@@ -126,5 +124,21 @@ def pareto(task: Task, rows: list[dict[str, Any]], path: Path) -> None:
     ax.grid(alpha=0.25)
     ax.legend(loc="upper left", fontsize=8)
     fig.tight_layout()
+    _label(ax, [(r["name"], r["trainable"], r["score"]) for r in ours])
     fig.savefig(path, metadata={"Software": None})
     plt.close(fig)
+
+
+def _label(ax: Any, points: list[tuple[str, float, float]]) -> None:
+    """Write each point's name beside it, where it covers no other name and no point."""
+    pixel = 72 / ax.figure.dpi  # points
+    at = [tuple(c * pixel for c in ax.transData.transform((x, y))) for _, x, y in points]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in at]
+    for (name, px, py), (x, y) in sorted(zip(points, at, strict=True), key=lambda p: p[1]):
+        wide, high = 4.1 * len(name), 8
+        spots = [(side, dy) for dy in (3, -9, 12, -18, 21, -27, 30, -36, 39) for side in (5, -5 - wide)]
+        boxes = [(x + dx, y + dy, x + dx + wide, y + dy + high) for dx, dy in spots]
+        free = (i for i, b in enumerate(boxes) if not any(b[0] < t[2] and t[0] < b[2] and b[1] < t[3] and t[1] < b[3] for t in taken))
+        best = next(free, 0)
+        taken.append(boxes[best])
+        ax.annotate(name, (px, py), xytext=spots[best], textcoords="offset points", fontsize=7)
