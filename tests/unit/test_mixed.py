@@ -152,6 +152,19 @@ def test_one_adapter_without_gradients_follows_every_change() -> None:
 
 
 @torch.no_grad()
+def test_masters_narrower_than_the_data_do_not_narrow_it() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96, bias=False)).double()
+    st.attach(net, st.LoRA(r=4))
+    op = net[0].slim.ops("default")[0]  # type: ignore[union-attr, operator]
+    op.B.normal_()
+    op.to(torch.bfloat16)
+    x = torch.randn(1, 64, dtype=torch.float64)
+    exact = x @ net[0].weight.T + op.scale * (x @ op.A.double().T) @ op.B.double().T  # type: ignore[operator]
+    torch.testing.assert_close(net.eval()(x), exact, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
 def test_few_half_precision_tokens_run_in_the_type_of_the_masters() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 96, bias=False)).to(torch.bfloat16)

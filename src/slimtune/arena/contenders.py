@@ -20,7 +20,7 @@ RATES = {
 }  # fmt: skip
 USUAL = 1e-3
 
-FIXED = ("majority", "tfidf")  # nothing to train by gradient
+FIXED = ("probe", "majority", "tfidf")  # nothing to train by gradient
 PARTS = ("dense", "union", "gated")  # what others are made of: "head" is the first, MAM and UniPELT the others
 
 
@@ -42,7 +42,7 @@ class Contender:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to try."""
-        if self.name in FIXED or self.name == "probe":
+        if self.name in FIXED:
             return (0.0,)
         usual = RATES.get(self.name, USUAL)
         return tuple(float(f"{usual * f:.1e}") for f in (0.25, 1.0, 4.0))
@@ -60,7 +60,7 @@ def contenders(task: Task) -> list[Contender]:
         out.append(Contender("head"))
     out.append(Contender("full", ""))
     if task.score == "accuracy":
-        out += [Contender(n, "") for n in ("probe", *FIXED)]
+        out += [Contender(n, "") for n in FIXED]
     return out
 
 

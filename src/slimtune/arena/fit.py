@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from slimtune.arena.contenders import REFERENCE, Contender, spec_of
+from slimtune.arena.contenders import FIXED, REFERENCE, Contender, spec_of
 from slimtune.arena.tasks import Task, phoneme_accuracy
 from slimtune.core.targets import heads
 from slimtune.train.job import Job
@@ -94,7 +94,7 @@ def _new_head(model: nn.Module) -> None:
 
 def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """Train once for `steps` optimiser steps and return the figures: `valid` chooses the learning rate, `score` is of the test rows."""
-    if who.name in ("majority", "tfidf", "probe"):
+    if who.name in FIXED:
         return baseline(job, who, steps * task.batch)
     setup = set_up(job, task, who, seed, steps)
     train(job, task, setup, lr, seed, steps)
