@@ -84,37 +84,37 @@ def _linear(spec: Any) -> dict[str, Any]:
     return {"r": spec.r, "target_modules": "all-linear"}
 
 
-def _lora(spec: Any, steps: int) -> Any:
+def _lora(spec: Any, steps: int, model: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(lora_alpha=2 * spec.r, **_linear(spec))
 
 
-def _dora(spec: Any, steps: int) -> Any:
+def _dora(spec: Any, steps: int, model: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(lora_alpha=2 * spec.of.r, use_dora=True, **_linear(spec.of))
 
 
-def _vera(spec: Any, steps: int) -> Any:
+def _vera(spec: Any, steps: int, model: Any) -> Any:
     from peft import VeraConfig
 
     return VeraConfig(r=spec.r, d_initial=spec.d_start, target_modules="all-linear", save_projection=False)
 
 
-def _ia3(spec: Any, steps: int) -> Any:
+def _ia3(spec: Any, steps: int, model: Any) -> Any:
     from peft import IA3Config
 
     return IA3Config()
 
 
-def _ln(spec: Any, steps: int) -> Any:
+def _ln(spec: Any, steps: int, model: Any) -> Any:
     from peft import LNTuningConfig
 
     return LNTuningConfig(target_modules=".*LayerNorm|.*layernorm|.*norm")
 
 
-def _adalora(spec: Any, steps: int) -> Any:
+def _adalora(spec: Any, steps: int, model: Any) -> Any:
     from peft import AdaLoraConfig
 
     t_init, t_final = spec.times(steps)
@@ -125,19 +125,38 @@ def _adalora(spec: Any, steps: int) -> Any:
     return AdaLoraConfig(total_step=steps, target_modules="all-linear", **same)
 
 
-def _prompt(spec: Any, steps: int) -> Any:
+def _prompt(spec: Any, steps: int, model: Any) -> Any:
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(num_virtual_tokens=spec.tokens)
 
 
-def _prefix(spec: Any, steps: int) -> Any:
+def _multitask(spec: Any, steps: int, model: Any) -> Any:
+    from peft import MultitaskPromptTuningConfig
+
+    return MultitaskPromptTuningConfig(num_virtual_tokens=spec.tokens, num_tasks=spec.tasks, num_ranks=spec.r)
+
+
+def _p_tuning(spec: Any, steps: int, model: Any) -> Any:
+    from peft import PromptEncoderConfig
+
+    size = {} if spec.hidden is None else {"encoder_hidden_size": spec.hidden}  # both start from the width of the model
+    return PromptEncoderConfig(num_virtual_tokens=spec.tokens, encoder_reparameterization_type=spec.encoder.upper(), **size)
+
+
+def _prefix(spec: Any, steps: int, model: Any) -> Any:
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(num_virtual_tokens=spec.p)
 
 
-REFERENCE: dict[str, Callable[[Any, int], Any]] = {
+def _tokens(spec: Any, steps: int, model: Any) -> Any:
+    from peft import TrainableTokensConfig
+
+    return TrainableTokensConfig(token_indices=list(spec.sites(model)[0].tokens))
+
+
+REFERENCE: dict[str, Callable[[Any, int, Any], Any]] = {
     "lora": _lora, "dora": _dora, "vera": _vera, "ia3": _ia3, "ln_tuning": _ln, "adalora": _adalora, "prompt_tuning": _prompt,
-    "prefix_tuning": _prefix,
+    "multitask_prompt_tuning": _multitask, "p_tuning": _p_tuning, "prefix_tuning": _prefix, "trainable_tokens": _tokens,
 }  # fmt: skip

@@ -58,7 +58,7 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
     if who.library == "peft":
         from peft import TaskType, get_peft_model
 
-        config = REFERENCE[who.name](spec_of(who.name, task, steps), steps)
+        config = REFERENCE[who.name](spec_of(who.name, task, steps), steps, model)
         config.task_type = TaskType.SEQ_CLS if job.task == "classification" else TaskType.CAUSAL_LM
         model = get_peft_model(model, config)
         if who.name == "adalora":
@@ -66,6 +66,10 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
             for name, p in model.named_parameters():
                 if "ranknum" in name:  # peft 0.21.2 leaves this constant trainable, and AdamW would move it
                     p.requires_grad_(False)
+        if who.name == "multitask_prompt_tuning":  # it asks for the tasks of the rows with every call: there is one task here
+            model.register_forward_pre_hook(_first_task, with_kwargs=True)
+        if who.name == "trainable_tokens" and job.task == "classification":  # it leaves a new head as it is drawn, unlike its other methods
+            _head(model).requires_grad_(True)
         save: Callable[[Path], object] = model.save_pretrained
     elif who.name == "full":
         mixed = model.dtype != torch.float32
@@ -78,6 +82,11 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
         st.lean(model)
         save = lambda folder: st.save(model, folder)  # noqa: E731
     return Setup(model, sum(p.numel() for p in set(model.parameters()) if p.requires_grad), save, each_step, mixed)
+
+
+def _first_task(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rows = len(kwargs["input_ids"])
+    return args, {**kwargs, "task_ids": torch.zeros(rows, dtype=torch.long, device=kwargs["input_ids"].device)}
 
 
 def _head(model: nn.Module) -> nn.Linear:

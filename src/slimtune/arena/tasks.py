@@ -55,7 +55,6 @@ TASKS = (
         "MiniLM (22 M) tells great food reviews from others",
         {"model": MINILM, "task": "classification", "data": "builtin:fine_foods", "limit_train": 2000, "max_length": 64, "truncate": "ends"},
         steps=200, batch=16, valid=300, test=600,
-        reference=("lora", "dora", "adalora", "ia3", "ln_tuning", "prompt_tuning", "prefix_tuning"),
     ),
     Task(
         "smollm2-reviews",
