@@ -60,6 +60,7 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
 
         config = REFERENCE[who.name](spec_of(who.name, task, steps), steps, model)
         config.task_type = TaskType.SEQ_CLS if job.task == "classification" else TaskType.CAUSAL_LM
+        head = _head(model) if job.task == "classification" else None
         model = get_peft_model(model, config)
         if who.name == "adalora":
             each_step = model.base_model.update_and_allocate
@@ -68,8 +69,8 @@ def set_up(job: Job, task: Task, who: Contender, seed: int, steps: int) -> Setup
                     p.requires_grad_(False)
         if who.name == "multitask_prompt_tuning":  # it asks for the tasks of the rows with every call: there is one task here
             model.register_forward_pre_hook(_first_task, with_kwargs=True)
-        if who.name == "trainable_tokens" and job.task == "classification":  # it leaves a new head as it is drawn, unlike its other methods
-            _head(model).requires_grad_(True)
+        if who.name == "trainable_tokens" and head is not None:  # it leaves a new head as it is drawn, unlike its other methods
+            head.requires_grad_(True)
         save: Callable[[Path], object] = model.save_pretrained
     elif who.name == "full":
         mixed = model.dtype != torch.float32
