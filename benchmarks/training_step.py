@@ -23,7 +23,7 @@ from slimtune.testing.live_bytes import LiveBytes
 def stepper(model: nn.Module, data: dict[str, torch.Tensor], lr: float = 1e-4, compiled: bool = False) -> Callable[[], float]:
     """Return a function that does one AdamW step and returns the loss."""
     params = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(params, lr=lr)
+    optimiser = torch.optim.AdamW(params, lr=lr, fused=True)  # as transformers' Trainer does by default
     run: Any = torch.compile(model) if compiled else model
 
     def step() -> float:

@@ -199,6 +199,37 @@ def test_kernels_against_autograd_in_float64() -> None:
         assert torch.autograd.gradcheck(lambda x, style=style: rms_norm(x, gain, 1e-6, style), (leaf(3, 6),))
 
 
+def test_a_hopeless_label_costs_what_it_costs_in_plain_torch() -> None:
+    from slimtune.kernels.loss import head_loss
+
+    weight = torch.tensor([[300.0], [0.0], [-300.0]])  # the softmax of the last class is 0 in float32, its logarithm is not
+    hidden, target = torch.ones(2, 1), torch.tensor([2, 1])
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    assert plain == 900
+    torch.testing.assert_close(head_loss(hidden, weight, None, target), plain)
+
+
+def test_an_activation_is_made_once_in_backward_for_both_that_ask() -> None:
+    from slimtune.kernels.gated import gated
+    from slimtune.kernels.lowrank import linear_low_rank
+
+    calls = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape)
+        return torch.nn.functional.silu(x)
+
+    torch.manual_seed(0)
+    gate, up = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    A, B, W = torch.randn(2, 4, requires_grad=True), torch.randn(5, 2, requires_grad=True), torch.randn(5, 4)
+    linear_low_rank(gated(gate, up, f), W, None, A, B, 1.0).sum().backward()
+    assert len(calls) == 2  # forward; then for A's gradient and for gate's together
+    got = [p.grad for p in (gate, up, A, B)]
+    x = torch.nn.functional.silu(gate) * up
+    want = torch.autograd.grad((x @ W.T + x @ A.T @ B.T).sum(), (gate, up, A, B))
+    torch.testing.assert_close(got, list(want))
+
+
 @pytest.mark.parametrize("kind", ["all", "causal", "bool", "float", "per head"])
 def test_attention_kernel_equals_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimtune.kernels import attention as kernel

@@ -29,6 +29,7 @@ class _Blocks:
         self.q = q.view(self.B, self.KV, self.g, self.T, self.D)
         self.k, self.v = k.reshape(self.B * self.KV, self.S, self.D), v.reshape(self.B * self.KV, self.S, self.D)
         self.mask, self.causal, self.scale = mask, causal and mask is None, scale
+        self.late: dict[int, Tensor] = {}
 
     def __iter__(self) -> Any:
         """Yield (i, j, keys seen); query i stands at key position S - T + i."""
@@ -61,8 +62,10 @@ class _Blocks:
             return m.expand(self.B, self.KV, self.g, t, seen).reshape(self.B * self.KV, self.g * t, seen).to(q.dtype)
         if not self.causal:
             return q.new_zeros(())
-        late = q.new_full((t, t), float("-inf")).triu_(1)  # the block's own square; earlier keys are all seen
-        return torch.cat([q.new_zeros(t, seen - t), late], 1).repeat(self.g, 1)
+        if t not in self.late:  # earlier keys are all seen; only the block's own square, at the right end, hides something
+            square = q.new_full((t, t), float("-inf")).triu_(1)
+            self.late[t] = torch.cat([q.new_zeros(t, self.S - t), square], 1).repeat(self.g, 1)
+        return self.late[t][:, self.S - seen :]
 
 
 class _Attention(torch.autograd.Function):

@@ -13,9 +13,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.kernels.recipe import mark
+from slimtune.kernels.recipe import Last, mark
 
 Activation = Callable[[Tensor], Tensor]
+_LAST = Last()
+
+
+def _active(gate: Tensor, f: Activation) -> tuple[Tensor, Tensor]:
+    """Return (a leaf equal to gate, f of it with the way back): what the following projection's backward makes, this one's needs next."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            return leaf, f(leaf)
+
+    found: tuple[Tensor, Tensor] = _LAST.of((gate,), f, make)
+    return found
 
 
 class _Gated(torch.autograd.Function):
@@ -29,9 +42,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            act = ctx.f(leaf)
+        leaf, act = _active(gate, ctx.f)
+        _LAST.let_go()
         d_up = g * act.detach()
         (d_gate,) = torch.autograd.grad(act, leaf, g * up)
         return d_gate, d_up, None
@@ -44,7 +56,7 @@ class _Make:
         self.f = f
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.f(gate) * up
+        return _active(gate, self.f)[1].detach() * up
 
 
 def gated(gate: Tensor, up: Tensor, f: Activation) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,9 +27,14 @@ class _HeadLoss(torch.autograd.Function):
         need = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if need else None
         block = max(1, CACHED // weight.shape[0]) if hidden.device.type == "cpu" else chunk
+        room = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])  # one for all chunks: fresh memory is dear
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk]
-            logits = F.linear(h, weight, bias)  # [c, d] @ [d, V] -> [c, V]
+            logits = room[: len(h)]
+            if bias is None:
+                torch.mm(h, weight.t(), out=logits)  # [c, d] @ [d, V] -> [c, V]
+            else:
+                torch.addmm(bias, h, weight.t(), out=logits)
             for part, t in zip(logits.split(block), target[start : start + chunk].split(block), strict=True):
                 total += _part(part, t, smoothing, softcap, wide_type, need)
             if grad is not None:
@@ -50,19 +54,20 @@ def _part(logits: Tensor, target: Tensor, smoothing: float, softcap: float, wide
     """Return the loss of some rows of logits [c, V], and write its gradient over them if there is need."""
     wide = logits.to(wide_type)
     capped = softcap * torch.tanh(wide / softcap) if softcap else wide
-    logp = F.log_softmax(capped, -1)
-    picked = logp.gather(-1, target[:, None])
+    p = torch.softmax(capped, -1)
+    # log sum exp from the likeliest class, whose probability is at least 1/V: no second pass of exponentials, no underflow
+    lse = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+    picked = capped.gather(-1, target[:, None]) - lse
     loss = picked.sum() * (smoothing - 1.0)
     if smoothing:
-        loss -= logp.mean(-1).sum() * smoothing
+        loss -= (capped.mean(-1, keepdim=True) - lse).sum() * smoothing
     if need:
-        d = logp.exp_()  # softmax
-        d.scatter_add_(-1, target[:, None], torch.full_like(picked, smoothing - 1.0))
+        p.scatter_add_(-1, target[:, None], torch.full_like(picked, smoothing - 1.0))
         if smoothing:
-            d -= smoothing / d.shape[-1]
+            p -= smoothing / p.shape[-1]
         if softcap:
-            d *= 1.0 - (capped / softcap) ** 2
-        logits.copy_(d)
+            p *= 1.0 - (capped / softcap) ** 2
+        logits.copy_(p)
     return loss
 
 

@@ -9,16 +9,15 @@ norm's own backward or forward runs.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.kernels.recipe import mark
+from slimtune.kernels.recipe import Last, mark
 
-_LAST = threading.local()
+_LAST = Last()
 
 
 def _styled(x: Tensor, rstd: Tensor, gain: Tensor, style: str) -> Tensor:
@@ -37,7 +36,7 @@ STYLES = ("llama", "gemma", "float")
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, style: str) -> tuple[Tensor, Tensor]:
-        _LAST.made = None
+        _LAST.let_go()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # in one pass, without a wide copy of x
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
@@ -49,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
-        _LAST.made = None
+        _LAST.let_go()
         x, rstd, gain = ctx.saved_tensors
         w = gain.to(rstd.dtype)
         gw = g.to(rstd.dtype) * ((1.0 + w) if ctx.style == "gemma" else w)  # gradient of x_hat
@@ -76,10 +75,5 @@ class _Remake:
         self.style = style
 
     def __call__(self, x: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:
-        last = getattr(_LAST, "made", None)
-        key = (x.data_ptr(), x._version, rstd.data_ptr(), rstd._version, gain.data_ptr(), gain._version, x.shape, x.stride(), x.dtype, self.style)
-        if last is None or last[0] != key:
-            # The inputs are held as well: while they live, nothing else can stand where they stand.
-            last = _LAST.made = (key, _styled(x, rstd, gain, self.style), x, rstd, gain)
-        made: Tensor = last[1]
+        made: Tensor = _LAST.of((x, rstd, gain), self.style, lambda: _styled(x, rstd, gain, self.style))
         return made
