@@ -48,7 +48,12 @@ def steps(r: Results) -> str:
 
 def rest(r: Results) -> list[str]:
     """Return the other sections, those that were measured."""
-    out = [levers(x) for x in r.get("levers", [])]
+    out: list[str] = []
+    if r.get("dora"):
+        lines = ["## DoRA over LoRA, one training step", "", "| dtype | slimtune | peft |", "|---|---|---|"]
+        lines += [f"| {x['dtype']} | {x['ratio']['slimtune']:.2f} | {x['ratio']['reference']:.2f} |" for x in r["dora"]]
+        out.append("\n".join([*lines, ""]))
+    out += [levers(x) for x in r.get("levers", [])]
     if r.get("mixed"):
         lines = ["## A different adapter for each row, 1 token a row, no gradients", ""]
         lines += ["| rows, adapters | over the base, slimtune | over the base, peft | times faster |", "|---|---|---|---|"]
@@ -90,6 +95,13 @@ def rest(r: Results) -> list[str]:
             f"## {x['steps']} steps on reviews ({x['dtype']})\n\nLargest gap between the two losses {x['largest_gap']:.2e}, "
             f"mean {x['mean_gap']:.2e}; mean of the last 20: {x['last_20_mean']['slimtune']:.5f} and {x['last_20_mean']['reference']:.5f}.\n"
         )
+    for x in r.get("growth", []):
+        lines = ["## How a training step grows", "", "| with | from, to | times as many | seconds | times as long |", "|---|---|---|---|---|"]
+        for name, points in x["curves"].items():
+            a, b = points[0], points[-1]
+            times = f"{b['x'] / a['x']:.0f} | {a['seconds']:.3f}, {b['seconds']:.3f} | {b['seconds'] / a['seconds']:.2f}"
+            lines.append(f"| {name} | {a['x']}, {b['x']} | {times} |")
+        out.append("\n".join([*lines, ""]))
     for x in r.get("combine", []):
         out.append("## Combining two adapters of rank 16 by SVD\n\n" + facts(x) + "\n")
     for x in r.get("meta", []):

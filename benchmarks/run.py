@@ -34,6 +34,7 @@ JOBS: dict[str, list[list[str]]] = {
         [_STEP, "--model", "vit", "--dtype", "float32", "--rows", "8", "--repeats", "5"],
         [_STEP, "--dtype", "bfloat16", "--compile", "--repeats", "5"],
     ],
+    "dora": [["benchmarks.dora_over_lora", "--dtype", d] for d in ("bfloat16", "float32")],
     "levers": [["benchmarks.levers", "--dtype", "bfloat16"]],
     "mixed": [["benchmarks.mixed_batch", "--rows", str(r), "--adapters", str(a), "--theirs"] for r, a in ((16, 16), (64, 32))],
     "many": [["benchmarks.many_adapters", "--adapters", "100", "--theirs", "30"]],
