@@ -33,9 +33,9 @@ class _Gain(torch.autograd.Function):
         d_gain = None
         if ctx.needs_input_grad[1]:
             flat = g.reshape(-1, g.shape[-1])
-            total = (flat * y.reshape(flat.shape)).sum(0, dtype=gain.dtype)
+            total = (flat * y.reshape(flat.shape)).sum(0).to(gain.dtype)  # torch accumulates halves in float32; asking for a wide sum copies first
             if bias is not None:
-                total -= flat.sum(0, dtype=gain.dtype) * bias.to(gain.dtype)
+                total -= flat.sum(0).to(gain.dtype) * bias.to(gain.dtype)
             d_gain = torch.where(gain == 0, 0.0, total / gain)
         return g * gain.to(g.dtype) if ctx.needs_input_grad[0] else None, d_gain, None
 

@@ -27,7 +27,11 @@ class _HeadLoss(torch.autograd.Function):
         need = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if need else None
         block = max(1, CACHED // weight.shape[0]) if hidden.device.type == "cpu" else chunk
-        room = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])  # one for all chunks: fresh memory is dear
+        chunk = min(chunk, max(1, hidden.shape[0]))
+        block = min(block, chunk)
+        # One room for all chunks, and one for all parts: fresh memory is dear.
+        room = hidden.new_empty(chunk, weight.shape[0])
+        wide = hidden.new_empty(2, block, weight.shape[0], dtype=wide_type)
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk]
             logits = room[: len(h)]
@@ -36,7 +40,7 @@ class _HeadLoss(torch.autograd.Function):
             else:
                 torch.addmm(bias, h, weight.t(), out=logits)
             for part, t in zip(logits.split(block), target[start : start + chunk].split(block), strict=True):
-                total += _part(part, t, smoothing, softcap, wide_type, need)
+                total += _part(part, t, smoothing, softcap, wide[:, : len(t)], need)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[start : start + chunk])  # [c, V] @ [V, d] -> [c, d]
         if grad is not None:
@@ -50,11 +54,12 @@ class _HeadLoss(torch.autograd.Function):
         return grad * g.to(grad.dtype), None, None, None, None, None, None, None
 
 
-def _part(logits: Tensor, target: Tensor, smoothing: float, softcap: float, wide_type: torch.dtype, need: bool) -> Tensor:
-    """Return the loss of some rows of logits [c, V], and write its gradient over them if there is need."""
-    wide = logits.to(wide_type)
-    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
-    p = torch.softmax(capped, -1)
+def _part(logits: Tensor, target: Tensor, smoothing: float, softcap: float, wide: Tensor, need: bool) -> Tensor:
+    """Return the loss of some rows of logits [c, V], and write its gradient over them if there is need; `wide` [2, c, V] is room to work in."""
+    capped, p = wide[0].copy_(logits), wide[1]
+    if softcap:
+        capped.div_(softcap).tanh_().mul_(softcap)
+    torch.softmax(capped, -1, out=p)
     # log sum exp from the likeliest class, whose probability is at least 1/V: no second pass of exponentials, no underflow
     lse = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
     picked = capped.gather(-1, target[:, None]) - lse

@@ -52,18 +52,22 @@ class DoRAOp(Op):
         return V * self.kind.over_outputs(self.m.to(V.device, V.dtype) / row_norms(V, self.kind.out_axis), V)
 
     def turn(self, x: Tensor, y: Tensor, host: nn.Module, before: Chain) -> Tensor:
+        b = effective_bias(self.kind.bias(host, self.param), of_param(before, self.param))  # as it stands in y
+        z = self.inner.add(x, y if b is None else y - self.kind.along_output(b.to(y.dtype), y), host, None)
+        return self.magnify(z, b, host, before)
+
+    def magnify(self, z: Tensor, b: Tensor | None, host: nn.Module, before: Chain) -> Tensor:
+        """Return m / |W + dW| times z, plus b [b] or None; z [..., b] is what W + dW made without a bias."""
         norm = self._held
         if norm is None:
             with torch.no_grad():
                 norm = self.norm(host, before)
             self._held = norm if self._holding else None
         gain = self.m / norm
-        b = effective_bias(self.kind.bias(host, self.param), of_param(before, self.param))  # as it stands in y
-        z = self.inner.add(x, y if b is None else y - self.kind.along_output(b.to(y.dtype), y), host, None)
         if fusing(z) and self._may_write(z, host):
             return scale_outputs(z, gain, None if b is None else b.detach())
-        z = z * self.kind.along_output(gain.to(y.dtype), y)
-        return z if b is None else z + self.kind.along_output(b.to(y.dtype), y)
+        z = z * self.kind.along_output(gain.to(z.dtype), z)
+        return z if b is None else z + self.kind.along_output(b.to(z.dtype), z)
 
     def _may_write(self, z: Tensor, host: Any) -> bool:
         """Tell whether z is a plain layer's fresh result that stays as it is until backward."""
@@ -101,9 +105,8 @@ class DoRAOp(Op):
 
     def _gram(self, W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor) -> Tensor:
         WA = (W @ A.to(W.dtype).T).to(A.dtype)  # [b, a] @ [a, r] -> [b, r]
-        cross = (B * WA).sum(1)
-        own = ((B @ (A @ A.T)) * B).sum(1)
-        return (squares + 2 * s * cross + s * s * own).clamp_min_(1e-30).sqrt_()
+        rest = (torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s) * B).sum(1)  # 2 s B (W A^T) + s^2 B (A A^T) B^T, row by row
+        return (squares + rest).clamp_min_(1e-30).sqrt_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None}

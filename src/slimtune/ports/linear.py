@@ -61,15 +61,18 @@ class LinearKind(Kind):
     def forward(
         self, host: Any, base: Callable[..., Any], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it."""
+        """As in `Kind`, but one low-rank op on a plain nn.Linear runs fused with it, a magnitude over it as well."""
         chain = plan.uniform(host._modules["slim"])
-        if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host):
+        if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host) and fusing(args[0]):
             op, w = chain[0][0]
-            fused = op.low_rank() if hasattr(op, "low_rank") and fusing(args[0]) else None  # type: ignore[operator]
+            magnify = getattr(op, "magnify", None) if w is None else None
+            adds = op.inner if magnify else op
+            fused = adds.low_rank() if hasattr(adds, "low_rank") else None  # type: ignore[union-attr, operator]
             if fused is not None:
                 A, B, scale, p = fused
-                own = host._parameters
-                return linear_low_rank(args[0], own["weight"], own["bias"], A, B, scale if w is None else scale * float(w), p)
+                weight, bias = host._parameters["weight"], host._parameters["bias"]
+                y = linear_low_rank(args[0], weight, None if magnify else bias, A, B, scale if w is None else scale * float(w), p)
+                return magnify(y, bias, host, []) if magnify else y
         if chain is None and len(args) == 1 and not torch.is_grad_enabled():
             mixed = self._mixed(host, plan, args[0])
             if mixed is not None:
