@@ -65,6 +65,10 @@ def test_starts_from_the_vocabulary_and_from_text(tmp_path: Path) -> None:
     rows = op_of(_attached(llama(), st.PromptTuning(tokens=6, init="vocab"))).prompt
     assert all(any(torch.equal(r, t) for t in table) for r in rows)
     assert not torch.equal(rows[0], rows[1])
+    rows = op_of(_attached(llama(), st.PromptTuning(tokens=200))).prompt
+    assert 0.95 < float(rows.std()) < 1.05
+    rows = op_of(_attached(llama(), st.PromptTuning(tokens=200, init="like_tokens"))).prompt
+    assert float(rows.std()) == pytest.approx(float(table.std()), rel=0.1)
     for cls in (st.PromptTuning, st.MultitaskPromptTuning):
         rows = op_of(_attached(llama(), cls(tokens=5, init="text", init_text=(4, 9)))).prompt
         assert torch.equal(rows, table[[4, 9, 4, 9, 4]])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.registry import register
 from slimtune.core.site import Site
-from slimtune.ports.prompts import PromptOp, PromptSpec, token_like
+from slimtune.ports.prompts import PromptOp, PromptSpec, normal
 from slimtune.ports.stream import width_of
 
 ENCODERS = ("mlp", "lstm")
@@ -130,5 +130,5 @@ class PTuning(PromptSpec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = mlp(d, h) if self.encoder == "mlp" else LSTMNetwork(d, h, self.encoder_layers, self.dropout)
-        start = empty if site.blank else token_like(site, self.tokens, d, self.seed)
+        start = empty if site.blank else normal(site, self.tokens, d, self.seed)
         return PTuningOp(site, start, network.to(device=site.device, dtype=site.dtype), keep)

@@ -17,7 +17,7 @@ from slimtune.core.spec import Spec
 from slimtune.ports.body import embeddings_of
 from slimtune.ports.stream import AUTO, BodyKind, ReaderOp, StreamOp, room_problems, stream_problems, stream_sites, width_of
 
-INITS = ("random", "vocab", "text")
+INITS = ("random", "like_tokens", "vocab", "text")
 
 
 class PromptOp(StreamOp):
@@ -108,7 +108,8 @@ class StartedPromptSpec(PromptSpec):
     """Base of those whose virtual tokens start somewhere in the space of token embeddings.
 
     Args:
-        init: "random" (normal, centred and as spread as the token embeddings), "vocab" (random rows of these), "text" (the rows of a text).
+        init: "random" (N(0, 1), as the reference library starts), "like_tokens" (normal, centred and as spread as the token embeddings),
+            "vocab" (random rows of these), "text" (the rows of a text).
         init_text: for init="text": a text, with `tokenizer`; or token ids. A short one is repeated, a long one cut.
         tokenizer: folder or name of the tokenizer that reads init_text.
     """
@@ -135,7 +136,7 @@ class StartedPromptSpec(PromptSpec):
 
     def check(self, site: Site) -> list[str]:
         wrong = super().check(site)
-        if not wrong and site.port == "stream" and self.init != "random" and not isinstance(site.kind, BodyKind):
+        if not wrong and site.port == "stream" and self.init in {"vocab", "text"} and not isinstance(site.kind, BodyKind):
             wrong.append(f"init={self.init!r} needs token embeddings, which {type(site.module).__name__} has none of")
         return wrong
 
@@ -146,6 +147,8 @@ class StartedPromptSpec(PromptSpec):
         if site.blank:
             return torch.empty(self.tokens, d, **new)
         if self.init == "random":
+            return normal(site, self.tokens, d, self.seed)
+        if self.init == "like_tokens":
             return token_like(site, self.tokens, d, self.seed)
         table: Any = embeddings_of(site.module)
         num, draw = int(table.weight.shape[0]), torch.Generator().manual_seed(self.seed)
@@ -163,6 +166,14 @@ class StartedPromptSpec(PromptSpec):
             what = f"token {max(ids)}, and the model has {num}" if ids else "no token at all"
             raise SpecError(f"init_text= gives {what}", where=str(site), hint="use the tokenizer that belongs to this model")
         return (ids * math.ceil(self.tokens / len(ids)))[: self.tokens]
+
+
+def normal(site: Site, p: int, d: int, seed: int) -> Tensor:
+    """Return random vectors [p, d] of N(0, 1).
+
+    Larger than the tokens of most models. On MiniLM, whose embeddings go through a norm, prompt tuning learns more from there (docs/arena).
+    """
+    return torch.randn(p, d, generator=torch.Generator().manual_seed(seed)).to(device=site.device, dtype=site.dtype)
 
 
 def token_like(site: Site, p: int, d: int, seed: int) -> Tensor:
