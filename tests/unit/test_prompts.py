@@ -36,17 +36,17 @@ def by_hand(model: Any, ids: Tensor, prompts: Tensor) -> Tensor:
 
 
 # ---- starts -----------------------------------------------------------------------------------------------------------
-def test_random_virtual_tokens_are_spread_like_token_embeddings() -> None:
+def test_virtual_tokens_can_start_spread_like_token_embeddings() -> None:
     model = llama()
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         table.mul_(3).add_(torch.linspace(-4, 4, table.shape[1]))
-    st.attach(model, st.PromptTuning(tokens=400))
+    st.attach(model, st.PromptTuning(tokens=400, init="like_tokens"))
     prompt = op_of(model).prompt
     assert torch.allclose(prompt.mean(0), table.mean(0), atol=0.25)
     assert torch.allclose(prompt.std(0), table.std(0), rtol=0.35)
-    assert torch.equal(prompt, op_of(_attached(llama_like(model), st.PromptTuning(tokens=400))).prompt), "one seed, one start"
-    assert not torch.equal(prompt, op_of(_attached(llama_like(model), st.PromptTuning(tokens=400, seed=1))).prompt)
+    assert torch.equal(prompt, op_of(_attached(llama_like(model), st.PromptTuning(tokens=400, init="like_tokens"))).prompt), "one seed, one start"
+    assert not torch.equal(prompt, op_of(_attached(llama_like(model), st.PromptTuning(tokens=400, init="like_tokens", seed=1))).prompt)
 
 
 def llama_like(model: Any) -> Any:
