@@ -2,6 +2,8 @@
 
     run(x, y, host) -> d       contribution: the module's output becomes y + d; may be weighted and summed
     turn(x, y, host, before) -> y'  replacement, after the links `before`: order matters, so it may be stacked but not summed
+    low_rank()                 (A, B, s, dropout now) of a contribution that is s B A x, for fused kernels; None while it is more than that
+    magnify(z, b, host, before)  the last step of a replacement around an op `inner`: z is what the whole weight made without the bias b
     enter(x, host) -> x'       changes the module's input
     weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
     bias(b | None) -> b'       exact form on the bias

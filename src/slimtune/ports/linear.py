@@ -65,14 +65,14 @@ class LinearKind(Kind):
         chain = plan.uniform(host._modules["slim"])
         if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host) and fusing(args[0]):
             op, w = chain[0][0]
-            magnify = getattr(op, "magnify", None) if w is None else None
-            adds = op.inner if magnify else op
-            fused = adds.low_rank() if hasattr(adds, "low_rank") else None  # type: ignore[union-attr, operator]
+            adds = op if hasattr(op, "low_rank") else op.inner if w is None and hasattr(op, "magnify") else None
+            fused = adds.low_rank() if adds is not None and hasattr(adds, "low_rank") else None  # type: ignore[union-attr, operator]
             if fused is not None:
                 A, B, scale, p = fused
                 weight, bias = host._parameters["weight"], host._parameters["bias"]
-                y = linear_low_rank(args[0], weight, None if magnify else bias, A, B, scale if w is None else scale * float(w), p)
-                return magnify(y, bias, host, []) if magnify else y
+                if adds is op:
+                    return linear_low_rank(args[0], weight, bias, A, B, scale if w is None else scale * float(w), p)
+                return op.magnify(linear_low_rank(args[0], weight, None, A, B, scale, p), bias, host, [])  # type: ignore[operator]
         if chain is None and len(args) == 1 and not torch.is_grad_enabled():
             mixed = self._mixed(host, plan, args[0])
             if mixed is not None:
