@@ -77,8 +77,12 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     results["environment"] = environment()
     for name in only:
-        results[name] = [call(*job) for job in JOBS[name]]
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        found: list[dict[str, Any]] = []
+        for job in JOBS[name]:
+            found.append(call(*job))
+            results[name] = found + results.get(name, [])[len(found) :]  # the old figures stay until the new ones are there
+            file.write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = found
     print(page.write(results, OUT))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slimtune as st
-from slimtune.kernels.dropout import draw_seed, drop, forget, kept
+from slimtune.kernels.dropout import STRETCH, draw_seed, forget, kept, masked
 from slimtune.kernels.gain import scale_outputs
 from slimtune.kernels.lowrank import add_low_rank, linear_low_rank
 
@@ -36,7 +36,10 @@ def test_gradcheck(fused: bool, p: float, bias: bool) -> None:
     assert torch.autograd.gradcheck(call, (x, A, B))
     torch.manual_seed(1)
     forget()
-    xd = drop(x, p, draw_seed(x, A)) if p else x
+    xd = x
+    if p:
+        mask, scale = kept(x.shape, p, draw_seed(x, A), x.device, x.dtype)
+        xd = masked(x * scale, mask)
     torch.testing.assert_close(call(x, A, B), F.linear(x, W, b) + 0.7 * (xd @ A.T) @ B.T)
 
 
@@ -64,15 +67,38 @@ def test_a_second_derivative_is_refused() -> None:
         dx.sum().backward()
 
 
+def stays(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
+    bits, scale = kept(torch.Size(shape), p, seed, torch.device("cpu"), torch.bfloat16)
+    assert set(bits.unique().tolist()) <= {0, -1}
+    assert abs(1 / scale - (1 - p)) <= 2**-16
+    return (bits != 0).float()
+
+
 def test_the_mask_is_fair_and_its_mean_exact() -> None:
     for p in (0.05, 0.5, 0.9):
-        mask, scale = kept(torch.Size([400, 501]), p, 3, torch.device("cpu"))
-        assert abs(1 - mask.float().mean().item() - p) < 0.005
-        assert abs(1 / scale - (1 - p)) <= 2**-16
-        assert not torch.equal(mask, kept(torch.Size([400, 501]), p, 4, torch.device("cpu"))[0])
-        columns = 1 - mask.float().mean(0)
+        mask = stays((400, 501), p, 3)
+        assert abs(1 - mask.mean().item() - p) < 0.005
+        assert torch.equal(mask, stays((400, 501), p, 3))
+        columns = 1 - mask.mean(0)
         assert columns.min() > p - 0.15
         assert columns.max() < p + 0.15
+
+
+def test_masks_of_different_seeds_are_independent() -> None:
+    """They are stretches of one pool: elements that meet there, and elements at the same place, agree no more often than chance."""
+    p = 0.3
+    masks = torch.stack([stays((37,), p, seed) for seed in range(2000)])
+    each = masks.mean(0)
+    assert (each - (1 - p)).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5, "every single element is fair over the seeds"
+    together = (masks.T @ masks / 2000 - each[:, None] * each).fill_diagonal_(0)
+    assert together.abs().max() < 5.5 * p * (1 - p) / 2000**0.5, "and any two of them independent"
+    long = 4 * STRETCH + 12_345  # two stretches
+    a, b = stays((long,), p, 5), stays((long,), p, 6)
+    for shift in (0, 1, 4, 4 * STRETCH - 4):
+        n = long - shift
+        for x, y in ((a[:n], b[shift:]), (b[:n], a[shift:]), *(((a[:n], a[shift:]),) if shift else ())):
+            agree = float((x == y).float().mean())
+            assert agree == pytest.approx(p * p + (1 - p) ** 2, abs=5 * (0.25 / n) ** 0.5), shift
 
 
 def test_who_shares_a_mask() -> None:

@@ -199,6 +199,20 @@ def test_kernels_against_autograd_in_float64() -> None:
         assert torch.autograd.gradcheck(lambda x, style=style: rms_norm(x, gain, 1e-6, style), (leaf(3, 6),))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_as_wide_as_real_ones_are_recognised(dtype: torch.dtype) -> None:
+    """Bit for bit, in each type: a sum in another order is only seen over many elements."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from slimtune.savers.norms import recognise_rms
+
+    for width in (576, 2048, 4096):
+        for norm in (LlamaRMSNorm(width), Gemma3RMSNorm(width)):
+            torch.nn.init.normal_(norm.weight)
+            assert recognise_rms(norm.to(dtype)) is not None, (type(norm).__name__, width)
+
+
 def test_a_hopeless_label_costs_what_it_costs_in_plain_torch() -> None:
     from slimtune.kernels.loss import head_loss
 

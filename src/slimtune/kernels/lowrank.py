@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.kernels.dropout import draw_seed, drop, kept, masked
+from slimtune.kernels.dropout import draw_seed, kept, masked
 from slimtune.kernels.gain import is_kept
 from slimtune.kernels.recipe import recipe_of
 
@@ -36,8 +36,10 @@ class _LowRank(torch.autograd.Function):
             ctx.mark_dirty(y)
         a, b = A.to(y.dtype), B.to(y.dtype)
         xc = x if x.dtype == y.dtype else x.to(y.dtype)
-        xd = xc if p == 0 else drop(xc, p, seed)
-        h = F.linear(xd, a)  # [n, a] @ [a, r] -> [n, r]
+        if p:
+            mask, keep = kept(xc.shape, p, seed, xc.device, xc.dtype)
+            xc, scale = masked(xc, mask), scale * keep  # 1 / (1 - p) is part of the scale everywhere: x itself is not multiplied
+        h = F.linear(xc, a)  # [n, a] @ [a, r] -> [n, r]
         _accumulate(y, h, b, scale)  # y += s h B^T
         ctx.save_for_backward(h, A, B, weight, *(made_of if ctx.needs_input_grad[4] else ()))
         ctx.scale, ctx.p, ctx.seed, ctx.make, ctx.shape, ctx.x_dtype = scale, p, seed, make, x.shape, x.dtype
@@ -52,7 +54,7 @@ class _LowRank(torch.autograd.Function):
         b = B.to(g.dtype)
         flat = g.reshape(-1, g.shape[-1])
         dh = torch.mm(flat, b).mul_(ctx.scale)  # s g B -> [n, r]
-        mask, keep = kept(ctx.shape, ctx.p, ctx.seed, g.device) if ctx.p else (None, 1.0)
+        mask = kept(ctx.shape, ctx.p, ctx.seed, g.device, g.dtype)[0] if ctx.p else None
         dA = dB = dx = None
         if need_B:
             dB = torch.mm(flat.t(), h.reshape(-1, h.shape[-1])).to(B.dtype).mul_(ctx.scale)  # [b, n] @ [n, r]
@@ -60,14 +62,14 @@ class _LowRank(torch.autograd.Function):
             x = ctx.make(*made_of)
             x = x if x.dtype == g.dtype else x.to(g.dtype)
             if mask is not None:
-                x = masked(x * keep, mask)
+                x = masked(x, mask)
             dA = torch.mm(dh.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)  # [r, n] @ [n, a]
         if need_x:
             a = A.to(g.dtype)
             if mask is None:
                 dx = torch.mm(flat, weight).addmm_(dh, a) if weight is not None else torch.mm(dh, a)
             else:
-                dx = masked(torch.mm(dh, a).mul_(keep), mask.view(-1, mask.shape[-1]))
+                dx = masked(torch.mm(dh, a), mask.view(-1, mask.shape[-1]))
                 if weight is not None:
                     dx.addmm_(flat, weight)
             dx = dx.view(ctx.shape).to(ctx.x_dtype)

@@ -20,8 +20,9 @@ from slimtune.kernels.recipe import Last, mark
 _LAST = Last()
 
 
-def _styled(x: Tensor, rstd: Tensor, gain: Tensor, style: str) -> Tensor:
-    normal = x * rstd if x.dtype == rstd.dtype else x.to(rstd.dtype).mul_(rstd)
+def _styled(x: Tensor, rstd: Tensor, gain: Tensor, style: str, wide: Tensor | None = None) -> Tensor:
+    """Return the norm's output; `wide`, a copy of x in rstd's type, is written over."""
+    normal = x * rstd if x.dtype == rstd.dtype else (x.to(rstd.dtype) if wide is None else wide).mul_(rstd)
     if style == "llama":  # gain * round(x_hat)
         rounded = normal.to(x.dtype)
         return rounded.mul_(gain) if gain.dtype == x.dtype else gain * rounded
@@ -37,13 +38,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, style: str) -> tuple[Tensor, Tensor]:
         _LAST.let_go()
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # in one pass, without a wide copy of x
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()  # [n, 1]; in the models' own order of operations: equal to the bit
         ctx.save_for_backward(x, rstd, gain)
         ctx.style = style
         ctx.mark_non_differentiable(rstd)
-        return _styled(x, rstd, gain, style), rstd
+        return _styled(x, rstd, gain, style, wide), rstd
 
     @staticmethod
     @once_differentiable
