@@ -1,7 +1,8 @@
 """Dropout whose mask is a seed: nothing is kept for backward, and projections that read the same tensor share one mask.
 
-The mask costs more than the low-rank product it guards, so it is made of 16-bit numbers, four to a 64-bit word: the probability is rounded to
-a multiple of 2^-16, and the scale 1 / (1 - p) uses the rounded p, so the mean is exact.
+The mask costs more than the low-rank product it guards, so it is made of 15-bit numbers, four to a 64-bit word: the probability is rounded to
+a multiple of 2^-15, and the scale 1 / (1 - p) uses the rounded p, so the mean is exact. An element stays where its number is less than
+2^15 (1 - p): the sign of the difference, spread over all bits, is the mask.
 
 Drawing a new word for every four elements costs a CPU more than all else here (its generator runs on one core). So the words are drawn once,
 into a pool of 4 MiB, and a mask is a stretch of it, from a random word on, each word xored with a random key. Whatever the pool holds, the
@@ -16,7 +17,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from slimtune.kernels.recipe import Last
+
 _LAST = threading.local()
+_DROPPED = Last()
 
 
 def draw_seed(x: Tensor, asking: Tensor) -> int:
@@ -38,6 +42,7 @@ def draw_seed(x: Tensor, asking: Tensor) -> int:
 def forget() -> None:
     """Share no mask with what ran before: at the border of a checkpointed region, whose second run must draw as its first."""
     _LAST.entry = _LAST.mask = None
+    _DROPPED.let_go()
 
 
 def kept(shape: torch.Size, p: float, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -46,31 +51,31 @@ def kept(shape: torch.Size, p: float, seed: int, device: torch.device, dtype: to
     The last mask is kept (as large as what it masks): projections that share a seed ask one after the other, forward and backward alike.
     """
     key = (shape, p, seed, device, dtype)
+    below = min(round((1 - p) * 2**15), 2**15 - 1)
     last = getattr(_LAST, "mask", None)
     if last is None or last[0] != key:
-        stays = _draw(shape.numel(), round(p * 65536) - 32768, seed, device)
-        last = _LAST.mask = (key, stays.view(shape).to(_BITS[dtype.itemsize]).neg_())
-    return last[1], 65536.0 / (65536 - round(p * 65536))
+        n = shape.numel()
+        numbers = _words((n + 3) // 4, seed, device).view(torch.int16)[:n]
+        stays = numbers.sub_(below).bitwise_right_shift_(15)  # -1 or 0
+        last = _LAST.mask = (key, stays.to(_BITS[dtype.itemsize]).view(shape))
+    return last[1], 2**15 / below
 
 
-def _draw(n: int, least: int, seed: int, device: torch.device) -> Tensor:
-    """Return n times whether a random 16-bit number is at least `least`."""
-    words = (n + 3) // 4
+def _words(n: int, seed: int, device: torch.device) -> Tensor:
+    """Return n random words of four 15-bit numbers."""
     if device.type != "cpu":
-        draws = torch.empty(words, dtype=torch.int64, device=device)
-        draws.random_(-(2**63), None, generator=torch.Generator(device=device).manual_seed(seed))
-        return draws.view(torch.int16)[:n] >= least
-    pool, state = _pool(), seed
-    out = torch.empty(4 * words, dtype=torch.bool)
-    for start in range(0, words, STRETCH):
-        m = min(STRETCH, words - start)
+        draws = torch.empty(n, dtype=torch.int64, device=device)
+        return draws.random_(-(2**63), None, generator=torch.Generator(device=device).manual_seed(seed)).bitwise_and_(_NUMBERS)
+    pool, state, out = _pool(), seed, torch.empty(n, dtype=torch.int64)
+    for start in range(0, n, STRETCH):
+        m = min(STRETCH, n - start)
         state = _mix(state)
-        first, key = state % (POOL - STRETCH), _mix(state ^ seed)
-        stretch = torch.bitwise_xor(pool[first : first + m], key - 2**64 if key >= 2**63 else key)
-        torch.ge(stretch.view(torch.int16), least, out=out[4 * start : 4 * (start + m)])
-    return out[:n]
+        first = state % (POOL - STRETCH)
+        torch.bitwise_xor(pool[first : first + m], _mix(state ^ seed) & _NUMBERS, out=out[start : start + m])
+    return out
 
 
+_NUMBERS = 0x7FFF_7FFF_7FFF_7FFF
 POOL = 2**19  # words
 STRETCH = 2**18  # words of the pool that one key serves: more elements than that take further stretches, each with its own
 _KEPT: list[Tensor] = []
@@ -80,7 +85,7 @@ def _pool() -> Tensor:
     """Return the random words, the same in every process."""
     if _KEPT:
         return _KEPT[0]
-    drawn = torch.empty(POOL, dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(POOL))
+    drawn = torch.empty(POOL, dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(POOL)).bitwise_and_(_NUMBERS)
     if type(drawn) is Tensor and not drawn.is_inference():  # what a tracing mode makes holds no numbers
         _KEPT.append(drawn)
     return drawn
@@ -100,3 +105,16 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """Return x with zeros where no bit of the mask is set: on a CPU that is many times faster than a product with booleans."""
     return torch.bitwise_and(x.contiguous().view(mask.dtype), mask).view(x.dtype)
+
+
+def dropped(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
+    """Return (x with its dropped elements zero, what the others are to be scaled with); made once for projections that ask one after the other."""
+    mask, scale = kept(x.shape, p, seed, x.device, x.dtype)
+    made: Tensor = _DROPPED.of((x,), (p, seed), lambda: masked(x, mask))
+    return made, scale
+
+
+def masked_(x: Tensor, mask: Tensor) -> Tensor:
+    """As `masked`, written into x, which is contiguous."""
+    x.view(mask.dtype).bitwise_and_(mask)
+    return x

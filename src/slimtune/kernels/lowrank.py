@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slimtune.kernels.dropout import draw_seed, kept, masked
+from slimtune.kernels.dropout import draw_seed, dropped, kept, masked_
 from slimtune.kernels.gain import is_kept
 from slimtune.kernels.recipe import recipe_of
 
@@ -37,8 +37,8 @@ class _LowRank(torch.autograd.Function):
         a, b = A.to(y.dtype), B.to(y.dtype)
         xc = x if x.dtype == y.dtype else x.to(y.dtype)
         if p:
-            mask, keep = kept(xc.shape, p, seed, xc.device, xc.dtype)
-            xc, scale = masked(xc, mask), scale * keep  # 1 / (1 - p) is part of the scale everywhere: x itself is not multiplied
+            xc, keep = dropped(xc, p, seed)
+            scale *= keep  # 1 / (1 - p) is part of the scale everywhere: x itself is not multiplied
         h = F.linear(xc, a)  # [n, a] @ [a, r] -> [n, r]
         _accumulate(y, h, b, scale)  # y += s h B^T
         ctx.save_for_backward(h, A, B, weight, *(made_of if ctx.needs_input_grad[4] else ()))
@@ -61,15 +61,15 @@ class _LowRank(torch.autograd.Function):
         if need_A:
             x = ctx.make(*made_of)
             x = x if x.dtype == g.dtype else x.to(g.dtype)
-            if mask is not None:
-                x = masked(x, mask)
+            if ctx.p:
+                x, _ = dropped(x, ctx.p, ctx.seed)
             dA = torch.mm(dh.t(), x.reshape(-1, x.shape[-1])).to(A.dtype)  # [r, n] @ [n, a]
         if need_x:
             a = A.to(g.dtype)
             if mask is None:
                 dx = torch.mm(flat, weight).addmm_(dh, a) if weight is not None else torch.mm(dh, a)
             else:
-                dx = masked(torch.mm(dh, a), mask.view(-1, mask.shape[-1]))
+                dx = masked_(torch.mm(dh, a), mask.view(-1, mask.shape[-1]))
                 if weight is not None:
                     dx.addmm_(flat, weight)
             dx = dx.view(ctx.shape).to(ctx.x_dtype)
