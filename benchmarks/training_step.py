@@ -1,4 +1,4 @@
-"""One training step, ours beside the reference library's: bytes kept, peak bytes, and seconds, in one process with alternating steps.
+"""One training step, ours beside the reference library's: bytes kept, peak bytes, and seconds, in processes that take turns.
 
     python -m benchmarks.training_step --dtype bfloat16 --dropout 0.05 --method lora
 """
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import BASES, inputs, ours, reference, same_start
+from benchmarks.models import BASES, inputs, ours, reference
+from benchmarks.turns import take_turns
 from slimtune.testing.live_bytes import LiveBytes
 
 
@@ -85,36 +86,40 @@ def alternate(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     return seconds
 
 
-def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int, compile: bool) -> dict[str, Any]:
-    """Return every figure of one configuration."""
+def contestant(
+    who: str, model: str, dtype: str, rows: int, tokens: int, masked: float = 0.0, dropout: float = 0.0, method: str = "lora", compiled: bool = False
+) -> tuple[Callable[[], float], dict[str, Any]]:
+    """Return a step of "reference", "slimtune" or "floor", and the bytes that it keeps and needs at most."""
     base = BASES[model](getattr(torch, dtype))
     data = inputs(model, base, rows, tokens, masked)
     torch.manual_seed(0)
-    theirs = reference(base, dropout=dropout, method=method)
-    mine = ours(base, dropout=dropout, method=method)
-    same_start(mine, theirs)
-    case = {"model": model, "dtype": dtype, "dropout": dropout, "method": method, "rows": rows, "tokens": tokens, "masked": masked}
-    out: dict[str, Any] = {"case": {**case, "compiled": compile}}
-    out["bytes"] = {"reference": step_bytes(theirs, data), "slimtune": step_bytes(mine, data)}
-    for each in (theirs, mine):
-        for p in each.parameters():
-            p.grad = None
-    steps = {
-        "reference": stepper(theirs, data, compiled=compile), "slimtune": stepper(mine, data, compiled=compile), "floor": floor_step(base, data)
-    }  # fmt: skip
-    seconds = alternate(steps, repeats)
-    out["seconds"] = seconds
+    if who == "floor":
+        return floor_step(base, data), {}
+    adapted = (ours if who == "slimtune" else reference)(base, dropout=dropout, method=method)
+    del base
+    found = step_bytes(adapted, data)
+    adapted.zero_grad(set_to_none=True)
+    return stepper(adapted, data, compiled=compiled), found
+
+
+def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int, compile: bool) -> dict[str, Any]:
+    """Return every figure of one configuration."""
+    shape = {"model": model, "dtype": dtype, "rows": rows, "tokens": tokens, "masked": masked}
+    adapted = {**shape, "dropout": dropout, "method": method, "compiled": compile}
+    contestants = {who: (contestant, {"who": who, **(shape if who == "floor" else adapted)}) for who in ("reference", "slimtune", "floor")}
+    seconds, facts = take_turns(contestants, repeats)
     median = {k: statistics.median(v) for k, v in seconds.items()}
-    out["median"] = median
-    pairs = [a / b for a, b in zip(seconds["slimtune"], seconds["reference"], strict=True)]
-    out["ratio"] = {
-        "kept": out["bytes"]["slimtune"]["kept_mib"] / out["bytes"]["reference"]["kept_mib"],
-        "peak": out["bytes"]["slimtune"]["peak_mib"] / out["bytes"]["reference"]["peak_mib"],
-        "time": statistics.median(pairs),
+    mine, theirs = facts["slimtune"], facts["reference"]
+    ratio = {
+        "kept": mine["kept_mib"] / theirs["kept_mib"],
+        "peak": mine["peak_mib"] / theirs["peak_mib"],
+        "time": statistics.median(a / b for a, b in zip(seconds["slimtune"], seconds["reference"], strict=True)),
         "over_floor": median["slimtune"] / median["floor"],
         "reference_over_floor": median["reference"] / median["floor"],
+        "floor": median["floor"] / median["reference"],
     }
-    return out
+    case = {**adapted, "processes": len(contestants)}
+    return {"case": case, "bytes": {"reference": theirs, "slimtune": mine}, "seconds": seconds, "median": median, "ratio": ratio}
 
 
 def main() -> None:
@@ -127,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--masked", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     print(json.dumps(run(**vars(args)), indent=1))
 
