@@ -12,7 +12,7 @@ COLUMNS = (
 )  # fmt: skip
 
 FLOOR = """The floor is forward plus input gradients of the bare model in the same lean forms, measured in the same run: what every method that
-trains through the whole model must pay."""
+trains through the whole model must pay. It is not compiled, and the compiled row's bytes are those of the plain run."""
 
 
 def write(results: Results, folder: Path) -> str:
