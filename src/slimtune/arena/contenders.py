@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 
 # What people start from with each kind of parameter; the search goes both ways from here.
 RATES = {
-    "full": 1e-4, "head": 2e-2, "ia3": 8e-3, "vera": 2e-2, "ln_tuning": 4e-3, "bitfit": 2e-3, "prompt_tuning": 3e-2, "p_tuning": 4e-3,
+    "full": 1e-4, "head": 2e-2, "ia3": 8e-3, "vera": 2e-2, "ln_tuning": 4e-3, "bitfit": 2e-3, "prompt_tuning": 3e-2, "p_tuning": 1.6e-2,
     "multitask_prompt_tuning": 3e-2, "prefix_tuning": 3e-2, "p_tuning_v2": 3e-2, "trainable_tokens": 8e-3, "adalora": 2e-2, "compacter": 6e-3,
     "bottleneck": 2e-3, "houlsby": 2e-3, "parallel": 5e-4, "mam": 1.2e-4,
 }  # fmt: skip
