@@ -15,6 +15,7 @@ from slimtune.arena.run import Limits, best_rate, results, run
 from slimtune.arena.store import Store
 from slimtune.arena.tasks import TASKS, Task
 from slimtune.core.errors import FileError
+from slimtune.testing import zoo
 
 
 @pytest.fixture
@@ -96,4 +97,4 @@ def test_every_twin_in_the_reference_library_can_be_made() -> None:
     """A mistake of ours in its settings would stand in the table as the reference's refusal."""
     pytest.importorskip("peft")
     for name, make in REFERENCE.items():
-        assert make(spec_of(name, TASKS[0], 200), 200).peft_type, name
+        assert make(spec_of(name, TASKS[0], 200), 200, zoo.bert()).peft_type, name
