@@ -30,8 +30,8 @@ def head(r: Results) -> str:
 
 Made by `make bench`; one part alone: `python -m benchmarks.run --only steps`. SmolLM2-135M and MiniLM have their real weights. LoRA or DoRA r=16
 on every linear layer of the blocks, AdamW, 4 x 256 tokens unless it says otherwise. Bytes are exact: every storage is counted when it is made and
-when it goes. Seconds are medians of steps that take turns, training steps each in a process of its own; every raw sample is in
-`results.json`. {env}.
+when it goes. Seconds are medians of steps that take turns, those of the first two tables each in a process of its own; every raw
+sample is in `results.json`. {env}.
 """
 
 

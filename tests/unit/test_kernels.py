@@ -84,6 +84,13 @@ def test_the_mask_is_fair_and_its_mean_exact() -> None:
         assert columns.max() < p + 0.15
 
 
+def test_probabilities_near_their_ends_leave_and_drop_something() -> None:
+    for p in (1e-9, 1 - 1e-9):
+        bits, scale = kept(torch.Size([8]), p, 3, torch.device("cpu"), torch.float32)
+        assert bits.shape == (8,)
+        assert 1 < scale <= 2**15
+
+
 def test_masks_of_different_seeds_are_independent() -> None:
     """They are stretches of one pool: elements that meet there, and elements at the same place, agree no more often than chance."""
     p = 0.3

@@ -51,7 +51,7 @@ def kept(shape: torch.Size, p: float, seed: int, device: torch.device, dtype: to
     The last mask is kept (as large as what it masks): projections that share a seed ask one after the other, forward and backward alike.
     """
     key = (shape, p, seed, device, dtype)
-    below = min(round((1 - p) * 2**15), 2**15 - 1)
+    below = min(max(round((1 - p) * 2**15), 1), 2**15 - 1)
     last = getattr(_LAST, "mask", None)
     if last is None or last[0] != key:
         n = shape.numel()

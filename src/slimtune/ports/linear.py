@@ -65,8 +65,9 @@ class LinearKind(Kind):
         chain = plan.uniform(host._modules["slim"])
         if chain is not None and len(chain) == 1 and len(chain[0]) == 1 and len(args) == 1 and _frozen_plain(host) and fusing(args[0]):
             op, w = chain[0][0]
-            adds = op if hasattr(op, "low_rank") else op.inner if w is None and hasattr(op, "magnify") else None
-            fused = adds.low_rank() if adds is not None and hasattr(adds, "low_rank") else None  # type: ignore[union-attr, operator]
+            # Asked of the classes: what a module does not have takes long to miss, and this runs for every token written.
+            adds: Any = op if hasattr(type(op), "low_rank") else op.inner if w is None and hasattr(type(op), "magnify") else None
+            fused = adds.low_rank() if hasattr(type(adds), "low_rank") else None
             if fused is not None:
                 A, B, scale, p = fused
                 weight, bias = host._parameters["weight"], host._parameters["bias"]

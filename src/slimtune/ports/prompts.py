@@ -105,7 +105,7 @@ class PromptSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class StartedPromptSpec(PromptSpec):
-    """Base of those whose virtual tokens start somewhere in the space of token embeddings.
+    """Base of those whose virtual tokens have a start that can be chosen.
 
     Args:
         init: "random" (N(0, 1), as the reference library starts), "like_tokens" (normal, centred and as spread as the token embeddings),
