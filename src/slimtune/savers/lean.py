@@ -10,6 +10,7 @@ from slimtune.core.mixing import generalise, specialise
 from slimtune.core.state import unwrap
 from slimtune.savers.attention import lean_attention, plain_attention
 from slimtune.savers.head import ChunkedLoss, LeanHead, LeanLoss
+from slimtune.savers.heap import give_back, keep_freed
 from slimtune.savers.mlp import LeanActivation, LeanGatedMLP, is_activation, recognise_gated
 from slimtune.savers.norms import LeanLayerNorm, LeanRMSNorm, recognise_rms
 
@@ -32,7 +33,8 @@ def lean(model: nn.Module) -> LeanReport:
     """Give the frozen parts of a model their memory-saving forms; results stay the same to the last rounding.
 
     Norms, gated feed-forwards and activations are recognised by structure and proven equal, bit for bit, on random data; what is not
-    recognised is left alone. Names, parameters and `isinstance` do not move. `unlean` undoes it.
+    recognised is left alone. Names, parameters and `isinstance` do not move. `unlean` undoes it. With a model on a CPU, the process also keeps
+    the memory that it frees (`savers.heap`).
 
     Args:
         model: any model, before or after `attach`.
@@ -58,7 +60,10 @@ def lean(model: nn.Module) -> LeanReport:
         elif (mlp := recognise_gated(module)) is not None:
             module.slim_mlp = mlp  # type: ignore[assignment]
             take(module, LeanGatedMLP, "gated MLP")
-    for form, reason in (("loss head", _lean_loss(model)), ("attention", lean_attention(model))):
+    whole = [("loss head", _lean_loss(model)), ("attention", lean_attention(model))]
+    if any(p.device.type == "cpu" for p in model.parameters()):
+        whole.append(("heap", keep_freed()))
+    for form, reason in whole:
         if reason:
             left.append(f"{form}: {reason}")
         else:
@@ -98,3 +103,4 @@ def unlean(model: nn.Module) -> None:
     loss = model.__dict__.get("_loss_function")
     if isinstance(loss, ChunkedLoss):
         del model.__dict__["_loss_function"]
+    give_back()
