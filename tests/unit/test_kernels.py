@@ -91,6 +91,24 @@ def test_probabilities_near_their_ends_leave_and_drop_something() -> None:
         assert 1 < scale <= 2**15
 
 
+def test_dropout_as_an_operator() -> None:
+    """Compiled code drops with the seed's mask too: fair, its scale exact, and the gradient drops what forward dropped."""
+    from slimtune.kernels.dropout import _opaque, dropout
+
+    seed = torch.tensor(7)
+    x = torch.randn(8, 6, dtype=torch.float64).requires_grad_()
+    torch.library.opcheck(_opaque, (x, 0.25, seed))
+    assert torch.autograd.gradcheck(lambda t: _opaque(t, 0.25, seed), x)
+    fast = torch.compile(lambda t: dropout(t, 0.25), fullgraph=True, backend="aot_eager")
+    x = torch.ones(400, 100).requires_grad_()
+    y, again = fast(x), fast(x)
+    assert not torch.equal(y, again)
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(g, y.detach())
+
+
 def test_masks_of_different_seeds_are_independent() -> None:
     """They are stretches of one pool: elements that meet there, and elements at the same place, agree no more often than chance."""
     p = 0.3

@@ -280,3 +280,40 @@ def test_lean_attention_on_padded_rows() -> None:
         assert a == pytest.approx(b, rel=1e-3)
         for p, q in zip(ga, gb, strict=True):
             torch.testing.assert_close(p, q, rtol=0.05, atol=1e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_as_an_operator(causal: bool) -> None:
+    from slimtune.kernels.attention import _opaque, attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, 4).requires_grad_() for heads in (4, 2, 2))
+    mask = None if causal else torch.rand(2, 1, 7, 7) > 0.3
+    torch.library.opcheck(_opaque, (q, k, v, mask, causal, 0.3))
+    got, want = _opaque(q, k, v, mask, causal, 0.3), attention(q, k, v, mask, causal, 0.3)
+    torch.testing.assert_close(got, want)
+    g = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g))
+
+
+def test_a_compiled_lean_model_keeps_the_lean_attention() -> None:
+    """One graph, the operator in it, and the loss and gradients of the same model uncompiled."""
+    torch._dynamo.reset()
+    model = shaken(llama(torch.bfloat16), st.LoRA(r=4))
+    st.lean(model)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(graph.code)
+        return graph.forward
+
+    fast = torch.compile(model, fullgraph=True, backend=backend)
+    model.zero_grad(set_to_none=True)
+    loss = fast(**batch()).loss
+    loss.backward()
+    got = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert [code.count("slimtune.attention") for code in seen] == [2]
+    want, grads = run(model)
+    assert float(loss.detach()) == pytest.approx(want, rel=1e-3)
+    for p, q in zip(got, grads, strict=True):
+        torch.testing.assert_close(p, q, rtol=0.05, atol=1e-2)

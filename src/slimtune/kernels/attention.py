@@ -68,36 +68,79 @@ class _Blocks:
         return self.late[t][:, self.S - seen :]
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    blocks = _Blocks(q, k, v, mask, causal, scale)
+    out = q.new_empty(blocks.B, blocks.T, blocks.KV, blocks.g, blocks.D)
+    into = out.permute(0, 2, 3, 1, 4)  # [B, KV, g, T, D]
+    for i, j, seen in blocks:
+        p = blocks.probabilities(blocks.rows(blocks.q, i, j), i, j, seen)
+        into[:, :, :, i:j] = blocks.back(torch.bmm(p, blocks.v[:, :seen]), i, j)
+    return out.view(blocks.B, blocks.T, -1, blocks.D)
+
+
+def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = _Blocks(q, k, v, mask, causal, scale)
+    d_rows = d_out.view(blocks.B, blocks.T, blocks.KV, blocks.g, blocks.D).permute(0, 2, 3, 1, 4)
+    dq = torch.empty_like(blocks.q, memory_format=torch.contiguous_format)
+    dk, dv = torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
+    for i, j, seen in blocks:
+        qb, db = blocks.rows(blocks.q, i, j), blocks.rows(d_rows, i, j)
+        p = blocks.probabilities(qb, i, j, seen)
+        dv[:, :seen].baddbmm_(p.transpose(1, 2), db)
+        dp = torch.bmm(db, blocks.v[:, :seen].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[:, :, :, i:j] = blocks.back(torch.bmm(ds, blocks.k[:, :seen]).mul_(scale), i, j)
+        dk[:, :seen].baddbmm_(ds.transpose(1, 2), qb, alpha=scale)
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-        blocks = _Blocks(q, k, v, mask, causal, scale)
-        out = q.new_empty(blocks.B, blocks.T, blocks.KV, blocks.g, blocks.D)
-        into = out.permute(0, 2, 3, 1, 4)  # [B, KV, g, T, D]
-        for i, j, seen in blocks:
-            p = blocks.probabilities(blocks.rows(blocks.q, i, j), i, j, seen)
-            into[:, :, :, i:j] = blocks.back(torch.bmm(p, blocks.v[:, :seen]), i, j)
         ctx.save_for_backward(q, k, v, mask)
         ctx.causal, ctx.scale = causal, scale
-        return out.view(blocks.B, blocks.T, -1, blocks.D)
+        return _forward(q, k, v, mask, causal, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         q, k, v, mask = ctx.saved_tensors
-        blocks = _Blocks(q, k, v, mask, ctx.causal, ctx.scale)
-        d_rows = d_out.view(blocks.B, blocks.T, blocks.KV, blocks.g, blocks.D).permute(0, 2, 3, 1, 4)
-        dq = torch.empty_like(blocks.q, memory_format=torch.contiguous_format)
-        dk, dv = torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
-        for i, j, seen in blocks:
-            qb, db = blocks.rows(blocks.q, i, j), blocks.rows(d_rows, i, j)
-            p = blocks.probabilities(qb, i, j, seen)
-            dv[:, :seen].baddbmm_(p.transpose(1, 2), db)
-            dp = torch.bmm(db, blocks.v[:, :seen].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, :, i:j] = blocks.back(torch.bmm(ds, blocks.k[:, :seen]).mul_(ctx.scale), i, j)
-            dk[:, :seen].baddbmm_(ds.transpose(1, 2), qb, alpha=ctx.scale)
-        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None, None
+        return (*_backward(d_out, q, k, v, mask, ctx.causal, ctx.scale), None, None, None)
+
+
+# The same as operators that a compiler does not look into: traced, their blocks would be kept for backward.
+@torch.library.custom_op("slimtune::attention", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    return _forward(q, k, v, mask, causal, scale)
+
+
+@torch.library.custom_op("slimtune::attention_backward", mutates_args=())
+def _opaque_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(d_out.contiguous(), q, k, v, mask, causal, scale)
+
+
+@_opaque.register_fake
+def _shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+@_opaque_backward.register_fake
+def _shapes(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.how = inputs[4:]
+
+
+def _way_back(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    return (*_opaque_backward(d_out, *ctx.saved_tensors, *ctx.how), None, None, None)
+
+
+_opaque.register_autograd(_way_back, setup_context=_keep)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -108,4 +151,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         causal: without a mask: query i sees keys up to S - T + i.
         scale: s.
     """
-    return _Attention.apply(q, k, v, mask, causal, scale)
+    return (_opaque if torch.compiler.is_compiling() else _Attention.apply)(q, k, v, mask, causal, scale)

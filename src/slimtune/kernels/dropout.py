@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,3 +119,38 @@ def masked_(x: Tensor, mask: Tensor) -> Tensor:
     """As `masked`, written into x, which is contiguous."""
     x.view(mask.dtype).bitwise_and_(mask)
     return x
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Return dropout of x, for code that a compiler traces: its own generator draws number by number on a CPU, which takes longer than the step.
+
+    Args:
+        p: probability in (0, 1).
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        dropped: Tensor = _opaque(x, p, torch.randint(0, 2**62, (), dtype=torch.int64))
+        return dropped
+    return torch.dropout(x, p, True)
+
+
+@torch.library.custom_op("slimtune::dropout", mutates_args=())
+def _opaque(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    mask, scale = kept(x.shape, p, int(seed), x.device, x.dtype)
+    return masked(x, mask).mul_(scale)
+
+
+@_opaque.register_fake
+def _shape(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def _way_back(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    return _opaque(g, ctx.p, *ctx.saved_tensors), None, None  # the same mask and scale, over the gradient
+
+
+_opaque.register_autograd(_way_back, setup_context=_keep)

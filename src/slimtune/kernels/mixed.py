@@ -20,7 +20,11 @@ SMALL = 2**21  # bytes of a stack in float32 up to which CPUs multiply it faster
 
 @dataclass
 class Stacked:
-    """Pairs of one site stacked for one plan: A [S, r, a], B [S, r, b] (scaled)."""
+    """Pairs of one site stacked for one plan: A [S, r, a], B [S, r, b] (scaled).
+
+    `sources` are detached twins, which share the version counters of what they were made from. Made one after the other, they lie close
+    together: asking thousands of parameters for their versions costs what it takes to reach them in memory.
+    """
 
     sources: list[Tensor]
     versions: list[int]
@@ -34,7 +38,7 @@ class Stacked:
 
 def stack(pairs: list[Pair], dtype: torch.dtype) -> Stacked:
     """Stack pairs (A [r, a], B [b, r], s) of equal rank, in the data's type or in float32, whichever is faster."""
-    sources = [t for A, B, _ in pairs for t in (A, B)]
+    sources = [t.detach() for A, B, _ in pairs for t in (A, B)]
     A, B, _ = pairs[0]
     if A.device.type == "cpu" and 4 * len(pairs) * max(A.numel(), B.numel()) <= SMALL:
         dtype = torch.promote_types(dtype, torch.float32)

@@ -25,6 +25,7 @@ from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.targets import find_sites
+from slimtune.kernels.dropout import dropout
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -92,7 +93,7 @@ class BottleneckOp(Op):
             assert self.norm_in_b is not None
             v = F.layer_norm(v, (self.c,), cast(self.norm_in_w, v), cast(self.norm_in_b, v))
         h = NONLINEARITIES[self.nonlinearity](self.down(v.to(y.dtype)))
-        h = torch.dropout(h, self.dropout, True) if self.training and self.dropout else h
+        h = dropout(h, self.dropout) if self.training and self.dropout else h
         d = self.up(h)
         if self.norm_out_w is not None:
             assert self.norm_out_b is not None

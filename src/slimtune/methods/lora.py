@@ -31,6 +31,7 @@ from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
 from slimtune.core.targets import matches
 from slimtune.initialise import INITS, STUDIES, init_problems, initialise
+from slimtune.kernels.dropout import dropout
 from slimtune.kernels.lowrank import add_low_rank, fusing
 
 DROPOUTS = ("element", "column", "rank", "module")
@@ -126,7 +127,7 @@ class LoRAOp(Additive):
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         A, B = self.factors(self.mask())
         p = self.element_dropout()
-        x = x if p == 0 else torch.dropout(x, p, True)
+        x = x if p == 0 else dropout(x, p)
         h = self.kind.down(x, cast(A, y), host)
         d = self.scale * self.kind.up(h, cast(B, y), host)
         return d if self.up_bias is None else d + self.kind.along_output(self.scale * cast(self.up_bias, y), d)

@@ -28,6 +28,7 @@ from slimtune.core.op import Additive, cast
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+from slimtune.kernels.dropout import dropout
 
 POOLS = ("sum", "mean")
 GROUP = 32  # where the base has no groups of its own
@@ -58,7 +59,7 @@ class QALoRAOp(Additive):
         return self.A.repeat_interleave(self.group, 1), self.factor() * self.B
 
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
-        x = torch.dropout(x, self.dropout, True) if self.training and self.dropout else x
+        x = dropout(x, self.dropout) if self.training and self.dropout else x
         pooled = x.unflatten(-1, (-1, self.group)).sum(-1)  # [n, a] -> [n, a / g]
         h = F.linear(pooled, cast(self.A, y))  # [n, a / g] @ [a / g, r]
         return self.factor() * F.linear(h, cast(self.B, y))

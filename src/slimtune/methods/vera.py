@@ -19,6 +19,7 @@ from slimtune.core.registry import register
 from slimtune.core.shared import HeldMatrix, RandomMatrix, SharedMatrix
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+from slimtune.kernels.dropout import dropout
 from slimtune.kernels.lowrank import add_low_rank, fusing
 
 
@@ -55,7 +56,7 @@ class VeRAOp(Additive):
 
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         A, B = self.factors()
-        x = x if self.dropout == 0 or not self.training else torch.dropout(x, self.dropout, True)
+        x = x if self.dropout == 0 or not self.training else dropout(x, self.dropout)
         return self.kind.up(self.kind.down(x, cast(A, y), host), cast(B, y), host)
 
     # ---- files: the seed, or, where a file held other matrices than its seed gives, these ---------------------------

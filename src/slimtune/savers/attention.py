@@ -33,7 +33,8 @@ def attention_forward(
     plain = any(kwargs.get(k) is not None for k in ("position_bias", "cache", "softcap", "s_aux"))
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     half = query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu"
-    if plain or dropout or not trains or not half or key.shape[2] > LONGEST or value.shape[-1] != query.shape[-1] or not fusing(query):
+    able = fusing(query) or (torch.compiler.is_compiling() and not torch.is_autocast_enabled(query.device.type))
+    if plain or dropout or not trains or not half or not able or key.shape[2] > LONGEST or value.shape[-1] != query.shape[-1]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
