@@ -176,7 +176,7 @@ def test_threads() -> None:
                     wrong.append(f"thread {i}")
 
     def flip() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.0005):  # without a pause it would starve the others of the interpreter's lock
             st.use(model, "a")
             st.use(model, None)
 

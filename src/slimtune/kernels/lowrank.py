@@ -89,6 +89,10 @@ def _accumulate(y: Tensor, h: Tensor, b: Tensor, scale: float) -> None:
 def _without_gradient(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return y with s x A^T B^T added in place. Few rows are multiplied in the type of the masters: casting x is cheaper than casting A and B."""
     if x.numel() <= FEW * x.shape[-1] and A.dtype == B.dtype == torch.promote_types(A.dtype, x.dtype):  # activations are never cast down
+        if x.numel() == x.shape[-1]:  # one row: a product with a vector is called faster
+            d = torch.mv(B, torch.mv(A, x.reshape(-1).to(A.dtype)))  # [b, r] @ ([r, a] @ [a])
+            y.view(-1).add_(d, alpha=scale)
+            return y
         return y.add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=scale)
     a, b = A.to(y.dtype), B.to(y.dtype)
     _accumulate(y, F.linear(x.to(y.dtype), a), b, scale)
