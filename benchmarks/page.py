@@ -11,8 +11,10 @@ COLUMNS = (
     "ratio", "the floor, of peft's", "over the floor", "peft over the floor",
 )  # fmt: skip
 
+_COMPILED = {"": "", "whole": ", compiled", "blocks": ", blocks compiled"}
+
 FLOOR = """The floor is forward plus input gradients of the bare model in the same lean forms, measured in the same run: what every method that
-trains through the whole model must pay. It is not compiled, and the compiled row's bytes are those of the plain run."""
+trains through the whole model must pay. It is not compiled, and the compiled rows' bytes are those of the plain run."""
 
 
 def write(results: Results, folder: Path) -> str:
@@ -40,7 +42,7 @@ def steps(r: Results) -> str:
     for s in r.get("steps", []):
         c, b, q, m = s["case"], s["bytes"], s["ratio"], s["median"]
         kept = [f"{b[who]['kept_mib']:.0f} MiB" for who in ("reference", "slimtune")]
-        model = c["model"] + (", compiled" if c["compiled"] else "")
+        model = c["model"] + _COMPILED[c["compiled"]]
         lines.append(
             f"| {model} | {c['dtype']} | {c['method']} | {c['dropout']} | {c['masked']:.0%} | {kept[0]} | {kept[1]} "
             f"| {q['kept']:.2f} | {q['peak']:.2f} | {m['reference']:.2f} s | {m['slimtune']:.2f} s | {q['time']:.2f} "
@@ -154,7 +156,8 @@ def bars(r: Results, folder: Path) -> tuple[str, str] | None:
     for s in r["steps"]:
         c = s["case"]
         words = [c["model"], c["dtype"].replace("bfloat", "bf").replace("float", "fp"), c["method"]]
-        words += [f"dropout {c['dropout']}"] * bool(c["dropout"]) + ["70 % masked"] * bool(c["masked"]) + ["compiled"] * c["compiled"]
+        words += [f"dropout {c['dropout']}"] * bool(c["dropout"]) + ["70 % masked"] * bool(c["masked"])
+        words += [_COMPILED[c["compiled"]].removeprefix(", ")] * bool(c["compiled"])
         names.append(", ".join(words))
         kept.append(s["ratio"]["kept"])
         time.append(s["ratio"]["time"])

@@ -21,11 +21,18 @@ from benchmarks.turns import take_turns
 from slimtune.testing.live_bytes import LiveBytes
 
 
-def stepper(model: nn.Module, data: dict[str, torch.Tensor], lr: float = 1e-4, compiled: bool = False) -> Callable[[], float]:
-    """Return a function that does one AdamW step and returns the loss."""
+def stack(model: nn.Module) -> nn.ModuleList:
+    """Return the blocks of a model."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 3)
+
+
+def stepper(model: nn.Module, data: dict[str, torch.Tensor], lr: float = 1e-4, compiled: str = "") -> Callable[[], float]:
+    """Return a function that does one AdamW step and returns the loss; `compiled`: "", "whole" or "blocks" (each by itself)."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(params, lr=lr, fused=True)  # as transformers' Trainer does by default
-    run: Any = torch.compile(model) if compiled else model
+    run: Any = torch.compile(model) if compiled == "whole" else model
+    for block in stack(model) if compiled == "blocks" else ():
+        block.compile()
 
     def step() -> float:
         loss = run(**data).loss
@@ -61,8 +68,7 @@ def floor_step(base: nn.Module, data: dict[str, torch.Tensor]) -> Callable[[], f
     for p in model.parameters():
         p.requires_grad_(False)
     st.lean(model)
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 3)
-    blocks[0].register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(), *args[1:]))
+    stack(model)[0].register_forward_pre_hook(lambda module, args: (args[0].detach().requires_grad_(), *args[1:]))
 
     def step() -> float:
         loss = model(**data).loss
@@ -87,7 +93,7 @@ def alternate(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
 
 
 def contestant(
-    who: str, model: str, dtype: str, rows: int, tokens: int, masked: float = 0.0, dropout: float = 0.0, method: str = "lora", compiled: bool = False
+    who: str, model: str, dtype: str, rows: int, tokens: int, masked: float = 0.0, dropout: float = 0.0, method: str = "lora", compiled: str = ""
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """Return a step of "reference", "slimtune" or "floor", and the bytes that it keeps and needs at most."""
     base = BASES[model](getattr(torch, dtype))
@@ -102,7 +108,7 @@ def contestant(
     return stepper(adapted, data, compiled=compiled), found
 
 
-def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int, compile: bool) -> dict[str, Any]:
+def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: int, masked: float, repeats: int, compile: str) -> dict[str, Any]:
     """Return every figure of one configuration."""
     shape = {"model": model, "dtype": dtype, "rows": rows, "tokens": tokens, "masked": masked}
     adapted = {**shape, "dropout": dropout, "method": method, "compiled": compile}
@@ -125,7 +131,7 @@ def run(model: str, dtype: str, dropout: float, method: str, rows: int, tokens: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", choices=list(BASES))
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", default="", choices=["", "whole", "blocks"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--method", default="lora", choices=["lora", "dora"])
