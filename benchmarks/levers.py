@@ -36,15 +36,10 @@ def without(model: nn.Module, *mixins: type) -> None:
                 generalise(module, mixin)
 
 
-def plain_loss(model: nn.Module) -> None:
-    without(model, LeanHead, LeanLoss)
-    model.__dict__.pop("_loss_function", None)
-
-
 LEVERS: dict[str, Callable[[nn.Module], None]] = {
     "RMSNorm": lambda m: without(m, LeanRMSNorm),
     "gated feed-forward": lambda m: without(m, LeanGatedMLP),
-    "loss head": plain_loss,
+    "loss head": lambda m: without(m, LeanHead, LeanLoss),
     "attention": plain_attention,
 }
 

@@ -8,11 +8,15 @@ Exact to the plain computation: logits in the data's type, then float32, then lo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Head = Callable[[Tensor], Tensor]
 
 CACHED = 2**20  # logits that go through the softmax at a time on a CPU, so that its float32 copies stay in the cache
 
@@ -92,3 +96,51 @@ def head_loss(
         wide_type: type of the softmax and the sum (transformers computes losses in float32).
     """
     return _HeadLoss.apply(hidden, weight, bias, target, smoothing, softcap, chunk, wide_type)
+
+
+class _AnyHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, target: Tensor, head: Head, smoothing: float, chunk: int, wide_type: torch.dtype, *trains: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=wide_type, device=hidden.device)
+        asked = [i for i, need in enumerate((ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])) if need]
+        sums = {i: torch.zeros_like((hidden, *trains)[i]) for i in asked}
+        for start in range(0, hidden.shape[0], chunk):
+            h = hidden[start : start + chunk].detach().requires_grad_(0 in asked)
+            with torch.enable_grad():
+                logits = head(h).to(wide_type)  # [c, d] -> [c, V]
+                loss = F.cross_entropy(logits, target[start : start + chunk], reduction="sum", label_smoothing=smoothing)
+            total += loss.detach()
+            if asked:
+                found = torch.autograd.grad(loss, [(h, *trains)[i] for i in asked])
+                for i, g in zip(asked, found, strict=True):
+                    if i == 0:
+                        sums[0][start : start + chunk] = g
+                    else:
+                        sums[i] += g
+        ctx.asked = list(sums)
+        ctx.save_for_backward(*sums.values())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        grads = {i: t * g.to(t.dtype) for i, t in zip(ctx.asked, ctx.saved_tensors, strict=True)}
+        n = len(ctx.needs_input_grad) - 6
+        return (grads.get(0), None, None, None, None, None, *(grads.get(i + 1) for i in range(n)))
+
+
+def any_head_loss(
+    hidden: Tensor, head: Head, trains: Sequence[Tensor], target: Tensor, *, smoothing: float = 0.0, chunk: int = 256,
+    wide_type: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """As `head_loss`, for a head that is adapted, trains, or does more than a linear map.
+
+    Args:
+        hidden: [m, d], supervised rows only.
+        head: hidden states [c, d] -> logits [c, V], row by row; autograd is used over one chunk at a time.
+        trains: what the head reads and trains; each gets its gradient, summed over chunks.
+        target, smoothing, chunk, wide_type: as there.
+    """
+    return _AnyHeadLoss.apply(hidden, target, head, smoothing, chunk, wide_type, *trains)

@@ -9,7 +9,7 @@ from torch import nn
 from slimtune.core.mixing import generalise, specialise
 from slimtune.core.state import unwrap
 from slimtune.savers.attention import lean_attention, plain_attention
-from slimtune.savers.head import ChunkedLoss, LeanHead, LeanLoss
+from slimtune.savers.head import LeanHead, LeanLoss, is_head
 from slimtune.savers.heap import give_back, keep_freed
 from slimtune.savers.mlp import LeanActivation, LeanGatedMLP, is_activation, recognise_gated
 from slimtune.savers.norms import LeanLayerNorm, LeanRMSNorm, recognise_rms
@@ -75,17 +75,16 @@ def _lean_loss(model: nn.Module) -> str:
     """Make the loss head lean; return why not, or ""."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    if not isinstance(head, nn.Linear) or not hasattr(type(model), "loss_function"):
+    if not is_head(head) or not hasattr(type(model), "loss_function"):
         return "no linear output head with a transformers loss"
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if model.loss_function is not ForCausalLMLoss:  # type: ignore[comparison-overlap]
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if model.loss_function is not ForCausalLMLoss and not encoder_decoder:  # type: ignore[comparison-overlap]
         return "the model has a loss function of its own"
-    path = next(p for p, m in model.named_modules() if m is head)
-    model.slim_head = path  # type: ignore[assignment]
-    head.slim_pending = False  # type: ignore[assignment]
-    model.loss_function = ChunkedLoss(ForCausalLMLoss)  # type: ignore[assignment]
-    specialise(head, LeanHead)
+    model.slim_head = next(p for p, m in model.named_modules() if m is head)  # type: ignore[assignment]
+    head.slim_pending = False  # type: ignore[union-attr]
+    specialise(head, LeanHead)  # type: ignore[arg-type]
     specialise(model, LeanLoss)
     return ""
 
@@ -100,7 +99,4 @@ def unlean(model: nn.Module) -> None:
         for name in ("slim_norm", "slim_mlp", "slim_head", "slim_pending"):
             module.__dict__.pop(name, None)
     plain_attention(model)
-    loss = model.__dict__.get("_loss_function")
-    if isinstance(loss, ChunkedLoss):
-        del model.__dict__["_loss_function"]
     give_back()
