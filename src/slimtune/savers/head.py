@@ -156,18 +156,14 @@ def _cross_entropy(
 def _trained(logits: PendingLogits) -> list[Tensor]:
     """Return the parameters that get a gradient through the head, wherever they live: those that one row of logits leads back to."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        node = logits.apply(logits.hidden.detach().reshape(-1, logits.hidden.shape[-1])[:1]).grad_fn
-    found: dict[Any, Tensor] = {}
-    seen, todo = {node}, [node]
+        row: Any = logits.apply(logits.hidden.detach().reshape(-1, logits.hidden.shape[-1])[:1])
+    seen, todo = set(), [row.grad_fn]
     while todo:
         node = todo.pop()
-        if hasattr(node, "variable"):
-            found[node] = node.variable
-        for following, _ in node.next_functions if node is not None else ():
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    return list(found.values())
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 def _frozen(logits: PendingLogits) -> tuple[Tensor | None, float] | None:
