@@ -207,6 +207,41 @@ def test_gain_of_zero_gives_no_nan_and_keeps_its_result_from_being_written_over(
     assert torch.equal(g.grad, torch.tensor([0.0, 3.0]))
 
 
+class _Residual(nn.Module):
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.up(x).tanh())
+        if self.writes:
+            y += x
+            return y
+        return y + x
+
+
+def test_dora_in_a_model_that_adds_into_its_result() -> None:
+    """As Falcon does with its residuals: the first step shows it, and every step has the gradients of a model that does not."""
+    torch.manual_seed(0)
+    nets = [_Residual(writes).double() for writes in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for net in nets:
+        torch.manual_seed(1)
+        st.attach(net, st.DoRA(of=st.LoRA(r=2, targets=("up", "down"))))
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.1 if p.requires_grad else 0.0)
+    for _ in range(3):
+        grads = []
+        for net in nets:
+            net.zero_grad()
+            net(x).square().sum().backward()
+            grads.append([p.grad for p in net.parameters() if p.requires_grad])
+        torch.testing.assert_close(grads[0], grads[1])
+
+
 def test_dora_before_a_module_that_writes_over_its_input() -> None:
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=writes), nn.Linear(8, 4)).double() for writes in (True, False)]

@@ -45,6 +45,8 @@ class DoRAOp(Op):
         self.m = nn.Parameter(start.to(site.dtype))
         self._holding = False
         self._held: Tensor | None = None
+        self._alone: bool | None = None
+        self._watched: Tensor | None = None
         self._squares: tuple[Tensor, int, Tensor] | None = None  # (the base's parameter, its version, |W_i|^2)
 
     def weight(self, W: Tensor) -> Tensor:
@@ -65,9 +67,23 @@ class DoRAOp(Op):
             self._held = norm if self._holding else None
         gain = self.m / norm
         if fusing(z) and self._may_write(z, host):
-            return scale_outputs(z, gain, None if b is None else b.detach())
+            y = scale_outputs(z, gain, None if b is None else b.detach())
+            return y if not torch.is_grad_enabled() or self._left_alone() else self._watch(y.clone())
         z = z * self.kind.along_output(gain.to(z.dtype), z)
         return z if b is None else z + self.kind.along_output(b.to(z.dtype), z)
+
+    def _left_alone(self) -> bool:
+        """Tell whether the model leaves this layer's result as it is; some add the residual into it. What it did in its first step says so."""
+        if self._alone is None and self._watched is not None:
+            self._alone = self._watched._version == 0
+            self._watched = None
+        return bool(self._alone)
+
+    def _watch(self, y: Tensor) -> Tensor:
+        """Return y, a fresh copy of which backward needs nothing; until it is known what becomes of it, its version is watched."""
+        if self._alone is None:
+            self._watched = y.detach()
+        return y
 
     def _may_write(self, z: Tensor, host: Any) -> bool:
         """Tell whether z is a plain layer's fresh result that stays as it is until backward."""
@@ -109,7 +125,7 @@ class DoRAOp(Op):
         return (squares + rest).clamp_min_(1e-30).sqrt_()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_squares": None}
+        return {**self.__dict__, "_squares": None, "_watched": None}
 
     def settings(self) -> dict[str, Any]:
         return self.inner.settings()
