@@ -210,11 +210,11 @@ def test_gain_of_zero_gives_no_nan_and_keeps_its_result_from_being_written_over(
 class _Residual(nn.Module):
     def __init__(self, writes: bool) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
         self.writes = writes
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.down(self.up(x).tanh())
+        y = self.second(self.first(x).tanh())
         if self.writes:
             y += x
             return y
@@ -229,7 +229,7 @@ def test_dora_in_a_model_that_adds_into_its_result() -> None:
     x = torch.randn(5, 6, dtype=torch.float64)
     for net in nets:
         torch.manual_seed(1)
-        st.attach(net, st.DoRA(of=st.LoRA(r=2, targets=("up", "down"))))
+        st.attach(net, st.DoRA(of=st.LoRA(r=2, targets=("first", "second"))))
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(0.1 if p.requires_grad else 0.0)
