@@ -21,6 +21,7 @@ import slimtune as st
 from slimtune.core.errors import RecipeError
 from slimtune.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, quantised_base
 from slimtune.train.checkpoint import PROGRESS, peak_bytes
+from slimtune.train.checkpoint_blocks import EVERY, checkpoint_blocks
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.environment import environment
 from slimtune.train.evaluate import Evaluation
@@ -104,14 +105,6 @@ def _leave_together() -> None:
         torch.distributed.destroy_process_group()
 
 
-def checkpoint_blocks(model: Any, every: int) -> None:
-    """Make every `every`-th block keep its input only and run again in backward: less memory, more time."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    blocks = [m for m in model.modules() if "gradient_checkpointing" in m.__dict__ and type(m).__name__.endswith(("Layer", "Block"))]
-    for i, block in enumerate(blocks):
-        block.gradient_checkpointing = i % every == 0
-
-
 def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool) -> RunResult:
     checkpoint = folder.latest_checkpoint() if resume else None
     if resume and folder.recipe.is_file():
@@ -143,7 +136,7 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         if recipe.cache_trunk:
             trunk = st.cache_trunk(job.model, folder=recipe.cache_trunk_folder)
             say(str(trunk))
-    if every := (1 if recipe.gradient_checkpointing else {"fast": 0, "balanced": 2, "least": 1}[recipe.memory]):
+    if every := (1 if recipe.gradient_checkpointing else EVERY[recipe.memory]):
         checkpoint_blocks(job.model, every)
 
     trainer = _trainer(job, folder, checkpoint, main)

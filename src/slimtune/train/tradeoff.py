@@ -15,7 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from slimtune.core.mixing import base_class
 from slimtune.core.targets import layer_of
+from slimtune.train.checkpoint_blocks import EVERY, checkpoint_blocks
+from slimtune.train.counts import remember
+from slimtune.train.precision import pick_dtype
 
 if TYPE_CHECKING:
     from slimtune.core.report import Report
@@ -23,9 +27,9 @@ if TYPE_CHECKING:
     from slimtune.train.prepare import Prepared
     from slimtune.train.recipe import Recipe
 
-MODES = {"fast": 0, "balanced": 2, "least": 1}
 MOST = 30_000_000  # parameters of a block
 FEW, MORE = 2, 4
+Figures = dict[str, tuple[list[float], list[float], list[float]]]  # mode -> bytes kept, peak bytes and operations, each at FEW and MORE blocks
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,26 @@ def measure(prepared: Prepared, recipe: Recipe, spec: Spec | None, report: Repor
     touched = [at[1] for row in report.rows if (at := layer_of(row.path)) is not None]
     deep = blocks - min(touched, default=0)  # blocks that the backward pass goes through
     batch = _largest(prepared, recipe)
-    found: dict[str, tuple[list[float], list[float], list[float]]] = {}
-    for depth in (FEW, MORE):
-        model = _cut(prepared, config, spec, depth)
-        for mode, every in MODES.items():
-            for series, value in zip(found.setdefault(mode, ([], [], [])), _step(model, batch, every), strict=True):
-                series.append(value)
-    grown = {m: [_line(s, deep) for s in series] for m, series in found.items()}
+    cls = base_class(prepared.model)
+
+    def count() -> Figures:
+        counted: Figures = {mode: ([], [], []) for mode in EVERY}
+        for depth in (FEW, MORE):
+            model = _cut(cls, config, spec, depth)
+            for mode, every in EVERY.items():
+                for series, value in zip(counted[mode], _step(model, batch, every), strict=True):
+                    series.append(value)
+        return counted
+
+    grown = {m: [_line(s, deep) for s in series] for m, series in remember(_key(cls, config, spec, batch), count).items()}
     return {m: Cost(k, p, w / grown["fast"][2]) for m, (k, p, w) in grown.items()}
+
+
+def _key(cls: type, config: Any, spec: Spec, batch: dict[str, torch.Tensor]) -> list[Any]:
+    """Return all that the counts depend on: the model's shape, the method, the batch's shape and which of its labels count."""
+    shapes = {name: list(t.shape) for name, t in batch.items()}
+    labels = batch["labels"].ne(-100).int().tolist() if "labels" in batch else []
+    return [cls.__qualname__, config.to_dict(), _everywhere(spec).to_dict(), shapes, labels, str(pick_dtype("auto")), [FEW, MORE]]
 
 
 def _line(values: list[float], x: int) -> float:
@@ -98,17 +114,13 @@ def _largest(prepared: Prepared, recipe: Recipe) -> dict[str, torch.Tensor]:
     return Collator(prepared.tokenizer.pad_token_id)([rows[i] for i in order])
 
 
-def _cut(prepared: Prepared, config: Any, spec: Spec, depth: int) -> Any:
+def _cut(cls: Any, config: Any, spec: Spec, depth: int) -> Any:
     import slimtune as st
-    from slimtune.train.precision import pick_dtype
 
     small = copy.deepcopy(config)
     small.num_hidden_layers = depth
     if isinstance(getattr(small, "layer_types", None), list):
         small.layer_types = small.layer_types[:depth]
-    from slimtune.core.mixing import base_class
-
-    cls: Any = base_class(prepared.model)
     with torch.random.fork_rng(devices=[]):
         model = cls._from_config(small, dtype=pick_dtype("auto"))
         st.attach(model, _everywhere(spec), name="probe")
@@ -126,17 +138,14 @@ def _everywhere(spec: Spec) -> Spec:
 
 def _step(model: Any, batch: dict[str, torch.Tensor], every: int) -> tuple[float, float, float]:
     from slimtune.testing.live_bytes import LiveBytes
-    from slimtune.train.engine import checkpoint_blocks
 
-    if every:
-        checkpoint_blocks(model, every)
-    else:
-        model.gradient_checkpointing_disable()
+    checkpoint_blocks(model, every)
     extra = {} if model.config.__dict__.get("use_cache") is None else {"use_cache": False}
-    with Operations() as counter:
-        model(**batch, **extra).loss.backward()  # gradients exist before bytes are counted
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)  # gradients exist before bytes are counted
     gc.collect()
-    with LiveBytes() as live:
+    with LiveBytes() as live, Operations() as counter:
         loss = model(**batch, **extra).loss
         kept = live.now
         loss.backward()
