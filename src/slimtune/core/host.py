@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import PlanError
+from slimtune.core.carried import Ops, forgive_merged, shows_base_only
 from slimtune.core.fold import entries
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import generalise, specialise
@@ -21,7 +21,7 @@ from slimtune.kernels.dropout import forget
 
 
 class Slot(nn.Module):
-    """Where a hosted module keeps its ops: adapter name -> key -> op. It never shows in a state dict of the base."""
+    """Where a hosted module keeps its ops: adapter name -> key -> op. State dicts show them, unless only the base is asked for."""
 
     def __init__(self, state: State, kind: Kind, path: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Slot(nn.Module):
     def put(self, name: str, key: str, op: Op) -> None:
         """Keep `op` for an adapter; `key` is a weight's name or a port."""
         if name not in self._modules:
-            self._modules[name] = Ops()
+            self._modules[name] = Ops(self.state, name, self.path)
         self._modules[name]._modules[key] = op  # type: ignore[union-attr]
         self.forget()
 
@@ -80,18 +80,17 @@ class Slot(nn.Module):
         return {path: tap.take() for path, tap in self.taps.items()} if self.taps else None
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return nothing: adapters are saved by `st.save`, the base stays clean."""
-        return destination if destination is not None else {}
+        """Return the tensors of every adapter here (see `core.carried`)."""
+        if shows_base_only():
+            return destination if destination is not None else {}
+        return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        return None
+        super()._load_from_state_dict(*args)
+        self.forget()  # tensors may be replaced, not only written
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mixed": None, "chained": (None, None)}
-
-
-class Ops(nn.Module):
-    """The ops of one adapter in one slot."""
 
 
 class Hosted:
@@ -101,7 +100,9 @@ class Hosted:
     slim: Slot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        slot: Slot = self._modules["slim"]  # type: ignore[attr-defined]  # an attribute of a module takes long to find, and this runs for every token
+        slot: Slot = self._modules.get("slim")  # type: ignore[attr-defined]  # an attribute of a module takes long to find, and this runs for every token
+        if slot is None:  # somebody captured this forward, and the adapters have been detached since
+            return type(self).forward(self, *args, **kwargs)
         plan = slot.state.current()
         base = super().forward  # type: ignore[misc]
         held = slot._modules
@@ -109,112 +110,6 @@ class Hosted:
             if name in held:
                 return slot.kind.forward(self, base, plan, args, kwargs)  # type: ignore[arg-type]
         return base(*args, **kwargs)
-
-
-class Rooted:
-    """Mixin of the model itself: what must happen once per model, not per layer."""
-
-    rank = 0
-    slim_state: State
-
-    @staticmethod
-    def slim_suits(base: type) -> bool:
-        """Tell whether a class has anything that must be done here."""
-        return hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the plan's rows repeated for beams and returned sequences."""
-        plan = self.slim_state.current()
-        leave = self.slim_state.enter(plan.expanded()) if plan.names else None
-        try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            if leave is not None:
-                leave()
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int, **kwargs: Any
-    ) -> Any:
-        """Make room for virtual tokens."""
-        from slimtune.ports.generating import cached_tokens, check_generation, prompting
-
-        plan = self.slim_state.current()
-        tokens = cached_tokens(self, plan) if prompting(self.slim_state, plan) else 0  # type: ignore[arg-type]
-        if tokens:
-            given = model_kwargs.get("past_key_values")
-            chunk = generation_config.prefill_chunk_size
-            check_generation(self, tokens, generation_mode, chunk, given, max_cache_length + tokens)  # type: ignore[arg-type]
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + tokens, **kwargs
-        )
-
-    def create_masks_for_generate(self, **kwargs: Any) -> Any:
-        """Leave the 2-D mask to the body where virtual tokens are put in front of it."""
-        from slimtune.ports.generating import cached_tokens, prompting
-
-        plan, flat = self.slim_state.current(), kwargs.get("attention_mask")
-        own = super().create_masks_for_generate(**kwargs) if hasattr(super(), "create_masks_for_generate") else None  # type: ignore[misc]
-        if prompting(self.slim_state, plan):
-            # A class with a function of its own may want the mask as long as its cache (BLOOM); the virtual tokens in there are added later.
-            whole = isinstance(own, Tensor) and own.dim() == 2
-            return own[:, : own.shape[1] - cached_tokens(self, plan)] if whole else flat  # type: ignore[index, union-attr, arg-type]
-        if own is not None or hasattr(super(), "create_masks_for_generate"):
-            return own
-        from transformers.masking_utils import create_masks_for_generate
-
-        return create_masks_for_generate(**kwargs)
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
-        wrap_checkpoints(self, self.slim_state)  # type: ignore[arg-type]
-
-
-def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a transformers model: rows= must fit the batch, which modules deep inside may only see flattened."""
-    if torch.compiler.is_compiling():
-        return
-    plan = model.slim_state.current()  # type: ignore[union-attr, operator]
-    if plan.size is None:
-        return
-    key: Any = model.main_input_name
-    main = kwargs.get(key, args[0] if args else None)
-    if isinstance(main, Tensor):
-        plan.selectors(main.shape[0], main.device, "(the model)", type(model).__name__)
-    ids = kwargs.get("input_ids", main if key == "input_ids" else None)
-    if isinstance(ids, Tensor) and any(name.startswith(("pixel_values", "input_features", "image_", "audio_")) for name in kwargs):
-        _check_media(model, plan, ids)
-
-
-def _check_media(model: Any, plan: Plan, ids: Tensor) -> None:
-    """Raise if rows hold different numbers of images (or sounds) and an adapter sits where only these are seen, without their rows.
-
-    Raises:
-        PlanError: naming the first such module.
-    """
-    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
-    tokens: set[Any] = {getattr(model.config, name, None) for name in names} - {None}
-    if all((ids.eq(token).sum(1) == ids[:1].eq(token).sum(1)).all() for token in tokens):
-        return  # the same for every row: they come in blocks
-    from slimtune.core.targets import heads
-
-    words = model.get_input_embeddings()
-    text = next((path for path, m in model.named_modules() if m is words), "").rpartition(".")[0]
-    fine = heads(model)
-    for path in (path for name in plan.names for path, _ in model.slim_state.adapter(name).ops):
-        if path and path != text and not path.startswith(f"{text}." if text else "") and path not in fine:
-            raise PlanError(
-                "the rows of this batch hold different numbers of images or sounds, so it is not known which row what this module sees belongs to",
-                where=f"{path} ({type(model.get_submodule(path)).__name__})",
-                hint=f'give each row as many, or adapt the text part alone: targets="re:{text}.*_proj"',
-            )
-
-
-def wrap_checkpoints(model: nn.Module, state: State) -> None:
-    """Make the checkpoint functions that transformers keeps on its blocks keep the plan as well."""
-    for module in model.modules():
-        func = module.__dict__.get("_gradient_checkpointing_func")
-        if func is not None and not isinstance(func, KeepPlan):
-            module.__dict__["_gradient_checkpointing_func"] = KeepPlan(state, func)
 
 
 class KeepPlan:
@@ -257,7 +152,7 @@ def host(module: nn.Module, state: State, kind: Kind, path: str) -> Slot:
         slot = Slot(state, kind, path)
         slot.facts = kind.study(module)
         module.add_module("slim", slot)
-        module.register_load_state_dict_post_hook(_forgive)
+        module.register_load_state_dict_post_hook(forgive_merged)
         specialise(module, Hosted)
     return module._modules["slim"]  # type: ignore[return-value]
 
@@ -268,12 +163,6 @@ def unhost(module: nn.Module) -> None:
     if isinstance(slot, Slot) and not slot._modules:
         del module._modules["slim"]
         for key, hook in list(module._load_state_dict_post_hooks.items()):
-            if hook is _forgive:
+            if hook is forgive_merged:
                 del module._load_state_dict_post_hooks[key]
         generalise(module, Hosted)
-
-
-def _forgive(module: nn.Module, incompatible: Any) -> None:
-    """Loading a state dict into the base does not concern its adapters."""
-    mine = ".slim."
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if mine not in f".{k}"]

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from slimtune.core.carried import SavesBase
 from slimtune.core.errors import MergeError, NameInUse, SiteError
-from slimtune.core.host import KeepPlan, Rooted, Slot, check_rows, host, unhost, wrap_checkpoints
+from slimtune.core.host import Slot, host, unhost
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import generalise, specialise
 from slimtune.core.op import Op
@@ -22,6 +23,7 @@ from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State
 from slimtune.core.stepping import arm, unwatch, watch
 from slimtune.core.targets import kind_of
+from slimtune.integrations.watch import watch_trainers
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 
@@ -145,28 +147,25 @@ def put_to_use(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _root(model: nn.Module) -> State:
+    from slimtune.ports.root import root
+
     state = State()
     state.writes_over = any(m.__dict__.get("inplace") is True for m in model.modules())
     model.slim_state = state  # type: ignore[assignment]
-    specialise(model, Rooted)
-    wrap_checkpoints(model, state)
-    if hasattr(model, "main_input_name"):
-        model.register_forward_pre_hook(check_rows, with_kwargs=True)
+    root(model, state)
+    for module in base_modules(model).values():
+        specialise(module, SavesBase)
+    watch_trainers()
     return state
 
 
 def _unroot(model: nn.Module) -> None:
     from slimtune.ports.quantised import exact_packing
+    from slimtune.ports.root import unroot
 
     exact_packing(model, False)
-    generalise(model, Rooted)
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is check_rows]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    unroot(model)
     model.__dict__.pop("slim_state", None)
-    for module in model.modules():
-        func = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(func, KeepPlan):
-            module.__dict__["_gradient_checkpointing_func"] = func.func
 
 
 def _remove(model: nn.Module, name: str, modules: Iterable[nn.Module]) -> None:

@@ -11,8 +11,6 @@ A row with a shorter prefix than others, or none, has masked columns on the left
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +24,7 @@ from slimtune.core.host import Slot
 from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
 from slimtune.ports.linear import BlockKind
+from slimtune.ports.transformers_internals import asks_registry, cache_in, intercept_attention, places_held
 
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -102,7 +101,7 @@ class AttendKind(BlockKind):
             return super().forward(host, base, plan, args, kwargs)
         facts: Facts = host.slim.facts
         if facts.bias_of is not None and kwargs.get("key_value_states") is None:
-            kwargs = {**kwargs, SEEN: _seen(host, kwargs.get("past_key_values"))}
+            kwargs = {**kwargs, SEEN: _seen(host, cache_in(kwargs))}
         before = facts.reached
         out = super().forward(host, base, plan, args, kwargs) if len(acting) > 1 else base(*args, **kwargs)
         if not torch.compiler.is_compiling() and facts.reached == before:  # a compiled forward cannot count
@@ -117,14 +116,6 @@ class AttendKind(BlockKind):
 def _again() -> AttendKind:
     connect()
     return AttendKind()
-
-
-@functools.lru_cache(maxsize=4096)
-def asks_registry(cls: type) -> bool:
-    """Tell whether the forward of a class takes its attention function from transformers' registry."""
-    forward = getattr(cls, "forward", None)
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    return code is not None and "get_interface" in code.co_names
 
 
 def bias_owner(model: nn.Module, module: Any, path: str) -> nn.Module | None:
@@ -143,32 +134,17 @@ def bias_owner(model: nn.Module, module: Any, path: str) -> nn.Module | None:
 
 def _seen(host: Any, cache: Any) -> Any:
     """Return how many tokens the cache holds for a layer."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    seen = 0 if cache is None else cache.get_seq_length(host.layer_idx)
-    return seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
+    return 0 if cache is None else places_held(cache, host.layer_idx)
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------
 def connect() -> None:
-    """Put the step behind transformers' registry, once per process.
+    """Have `attend` called wherever an attention function is, once per process.
 
     Raises:
-        SiteError: this version of transformers has no such registry.
+        SiteError: this version of transformers has no registry of them.
     """
-    from transformers import AttentionInterface
-
-    ask = getattr(AttentionInterface, "get_interface", None)
-    if ask is None:
-        raise SiteError("this version of transformers has no registry of attention functions", hint="pip install -U transformers")
-    if getattr(ask, "slim", False):
-        return
-
-    @functools.wraps(ask)
-    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(attend, ask(self, attn_implementation, default), attn_implementation)
-
-    get_interface.slim = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    intercept_attention(attend)
 
 
 def attend(

@@ -6,8 +6,6 @@ labels and losses lie outside of it, so they never see a virtual token. In an en
 
 from __future__ import annotations
 
-import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +13,15 @@ from torch import nn
 
 from slimtune.core.errors import TargetError
 from slimtune.core.mixing import base_class
+from slimtune.ports import transformers_internals as internals
+from slimtune.ports.transformers_internals import takes_embedded_tokens as is_body
+from slimtune.ports.transformers_internals import token_embeddings as embeddings_of
 
-NEEDS = {"input_ids", "inputs_embeds", "attention_mask"}
 # Arguments that hold something for each token and cannot be made up for a virtual one, or a state that is none of keys and values.
 FOREIGN = {
     "per_layer_inputs": "it embeds every token once more for each layer",
     "mems": "it keeps hidden states between calls",
-    "cache_params": "it is recurrent and keeps its state in cache_params",
 }
-# How configurations name the size of a table of absolute positions (the others: Whisper, LED).
-LENGTHS = ("max_position_embeddings", "max_target_positions", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 HINT = 'prefix tuning needs no token embeddings; for a module of your own: targets="its.path", width=d'
 
 
@@ -53,35 +50,14 @@ class Body:
     width: int
 
 
-@functools.cache
-def parameters_of(cls: type) -> tuple[str, ...]:
-    """Return the names of the parameters of a class's forward."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
-def is_body(module: nn.Module) -> bool:
-    """Tell whether a module takes embedded tokens (a whole model with a head does, too)."""
-    return hasattr(module, "get_input_embeddings") and set(parameters_of(base_class(module))) >= NEEDS
-
-
-def embeddings_of(module: Any) -> nn.Module | None:
-    """Return the token embeddings of a body, or None."""
-    try:
-        table = module.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    return table if isinstance(table, nn.Module) and isinstance(table._parameters.get("weight"), nn.Parameter) else None
-
-
 def study(module: Any) -> Body:
     """Work out the facts of a body."""
-    names = parameters_of(base_class(module))
-    flags = [m.__dict__["is_causal"] for m in module.modules() if "is_causal" in m.__dict__]
     table = embeddings_of(module)
-    limit, start, from_mask = _position_table(module, table)
+    limit, start, from_mask = internals.absolute_positions(module, table)
+    names = internals.parameters_of(base_class(module))
     return Body(
         names=names,
-        causal=any(flags) if flags else "past_key_values" in names,
+        causal=internals.is_causal(module),
         positions="position_ids" in names,
         from_mask=from_mask,
         absolute=limit > 0,
@@ -89,19 +65,6 @@ def study(module: Any) -> Body:
         limit=limit,
         width=int(table.weight.shape[-1]) if table is not None else 0,  # type: ignore[union-attr, index, arg-type]
     )
-
-
-def _position_table(module: Any, tokens: nn.Module | None) -> tuple[int, int, bool]:
-    """Return (positions, the first one, whether it counts by the mask) of a table of absolute positions outside the blocks."""
-    sizes = {getattr(module.config, name) for name in LENGTHS if hasattr(module.config, name)}
-    for path, m in module.named_modules():
-        if not isinstance(m, nn.Embedding) or m is tokens or any(part.isdigit() for part in path.split(".")):
-            continue
-        offset = int(m.__dict__.get("offset", 0))
-        if m.num_embeddings - offset in sizes:
-            start = 0 if m.padding_idx is None or offset else m.padding_idx + 1
-            return m.num_embeddings - offset - start, start, "attention_mask" in parameters_of(base_class(m))
-    return 0, 0, False
 
 
 def bodies(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,13 +78,8 @@ def bodies(model: nn.Module) -> dict[str, nn.Module]:
 def pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Return (encoder, decoder) of every encoder-decoder inside a model."""
     found: list[tuple[nn.Module, nn.Module]] = []
-    for module in model.modules():
-        config: Any = module.__dict__.get("config")
-        if not hasattr(config, "is_encoder_decoder") or not config.is_encoder_decoder or not hasattr(module, "get_decoder"):
-            continue
-        encoder, decoder = module.get_encoder(), module.get_decoder()  # type: ignore[operator]
-        apart = isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module) and encoder is not decoder
-        if apart and module not in (encoder, decoder) and not any(encoder is e for e, _ in found):
+    for encoder, decoder in internals.encoder_decoders(model):
+        if not any(encoder is e for e, _ in found):
             found.append((encoder, decoder))
     return found
 
@@ -149,3 +107,6 @@ def prompted(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Modul
             hint=HINT,
         )
     return found, readers
+
+
+__all__ = ["FOREIGN", "Body", "bodies", "embeddings_of", "is_body", "pairs", "prompted", "study"]

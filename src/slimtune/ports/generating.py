@@ -10,6 +10,7 @@ from slimtune.core.errors import CapabilityError, PlanError
 from slimtune.core.host import Slot
 from slimtune.core.plan import Plan
 from slimtune.core.state import State
+from slimtune.ports.transformers_internals import places_held, room_of
 from slimtune.ports.virtual import at_port, measure
 
 
@@ -54,13 +55,13 @@ def check_generation(model: nn.Module, tokens: int, mode: Any, chunk: int | None
         )
     if cache is None:
         return
-    if int(cache.get_seq_length()):
+    if int(places_held(cache)):
         raise CapabilityError(
             "generate goes on from a filled cache by counting tokens, which virtual tokens upset",
             where=where,
-            hint="give it the whole text and no past_key_values; or call the model itself with the cache, token by token",
+            hint="give it the whole text and no cache; or call the model itself with the cache, token by token",
         )
-    room = cache.get_max_length() if hasattr(cache, "get_max_length") else -1
+    room = room_of(cache)
     if 0 <= room < length:
         raise PlanError(
             f"the cache has {room} places, and {length} are needed, {tokens} of them for virtual tokens",

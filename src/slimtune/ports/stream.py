@@ -27,6 +27,7 @@ from slimtune.ports.body import FOREIGN, Body, is_body, pairs, prompted, study
 from slimtune.ports.linear import BlockKind
 from slimtune.ports.stream_body import extended, read_longer
 from slimtune.ports.stream_plain import plain
+from slimtune.ports.transformers_internals import is_recurrent
 from slimtune.ports.virtual import ReaderOp, StreamOp, has_port
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def stream_problems(site: Site, width: int | None) -> list[str]:
         return [] if width else [f"{type(site.module).__name__} is no body of a transformers model: say how wide its input is with width=d"]
     facts = study(site.module)
     wrong = [f"its argument {name} cannot be extended by virtual tokens: {why}" for name, why in FOREIGN.items() if name in facts.names]
+    if is_recurrent(site.module):
+        wrong.append("it is recurrent: the state that it keeps between calls counts no places, so virtual tokens could not be told from none")
     if site.port == "stream" and not facts.width:
         wrong.append("it has no token embeddings")
     if site.port == "stream" and width not in (None, facts.width):

@@ -16,6 +16,7 @@ from slimtune.core.errors import CapabilityError, PlanError
 from slimtune.core.plan import Plan
 from slimtune.ports.body import Body, embeddings_of
 from slimtune.ports.frame import Frame
+from slimtune.ports.transformers_internals import CACHE, cache_in, places_held
 from slimtune.ports.virtual import every, framed, segments, virtual_tokens
 
 # What else holds one thing for each token: what a virtual token gets there.
@@ -44,7 +45,7 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
         )
     if at.P == 0 and isinstance(at.skip, int) and at.skip == 0:
         return base(**given)
-    past = _past(given.get("past_key_values"), at, where)
+    past = _past(cache_in(given), at, where)
     first = isinstance(past, int) and past == 0
     own_past = past if first else past - at.P
     _check(facts, given, at, batch, n, own_past, where)
@@ -70,7 +71,7 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
         if t is not None:
             given[name] = at.arrange(F.pad(t, (at.P, 0), value=value))
     out = base(**given)
-    _mark(given.get("past_key_values"), out, at)
+    _mark(cache_in(given) or cache_in(out), at)
     kept = {op.keep for _, chain, _ in parts for op in every(chain) if op.tokens}
     if len(kept) > 1:
         raise PlanError(
@@ -89,7 +90,7 @@ def _past(cache: Any, at: Frame, where: str) -> int | Tensor:
     """
     if cache is None:
         return 0
-    length: int | Tensor = cache.get_seq_length()
+    length = places_held(cache)
     if torch.compiler.is_compiling():
         return length
     length = int(length)
@@ -102,10 +103,8 @@ def _past(cache: Any, at: Frame, where: str) -> int | Tensor:
     return length
 
 
-def _mark(cache: Any, out: Any, at: Frame) -> None:
+def _mark(cache: Any, at: Frame) -> None:
     """Note on a cache which virtual tokens it holds."""
-    if cache is None and not isinstance(out, (Tensor, tuple)):
-        cache = out.get("past_key_values")
     if cache is not None and not torch.compiler.is_compiling():
         cache.slim_prompt = at.key
 
@@ -165,7 +164,7 @@ def stripped(out: Any, at: Frame, n: int) -> Any:
     if isinstance(out, (Tensor, tuple)):
         return strip(out) if isinstance(out, Tensor) else tuple(strip(t) for t in out)
     for key in out:
-        if key != "past_key_values":
+        if key not in CACHE:
             out[key] = strip(out[key])
     return out
 
