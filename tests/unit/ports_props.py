@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 
 
 def first(out: Any) -> Tensor:
@@ -33,7 +34,7 @@ def check_all(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: An
         base = first(call(model, batch)).clone()
     bits = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     st.attach(model, spec, name="a")
-    assert list(model.state_dict()) == keys
+    assert list(base_state_dict(model)) == keys
     torch.testing.assert_close(first(call(model, batch)), base, atol=tol, rtol=tol)
     randomise(model, "a")
     live = first(call(model, batch)).detach().clone()
@@ -41,15 +42,15 @@ def check_all(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: An
     with st.disabled(model), torch.no_grad():
         assert torch.equal(first(call(model, batch)), base)
     st.merge(model, "a")
-    added = [k for k in model.state_dict() if k not in keys]
+    added = [k for k in base_state_dict(model) if k not in keys]
     assert all(k.endswith("bias") for k in added), "a merge adds nothing but biases that were missing"
     torch.testing.assert_close(first(call(model, batch)).detach(), live, atol=tol, rtol=tol)
     with st.disabled(model), torch.no_grad():
         assert torch.equal(first(call(model, batch)), base)
     torch.testing.assert_close(first(call(model, batch)).detach(), live, atol=tol, rtol=tol)
     st.unmerge(model)
-    assert list(model.state_dict()) == keys
-    assert all(torch.equal(v, bits[k]) for k, v in model.state_dict().items() if k in bits)
+    assert list(base_state_dict(model)) == keys
+    assert all(torch.equal(v, bits[k]) for k, v in base_state_dict(model).items() if k in bits)
     assert torch.equal(first(call(model, batch)).detach(), live)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(first(call(twin, batch)).detach(), live)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import PlanError
 from slimtune.core.host import Hosted
 from slimtune.testing import zoo as tiny
@@ -33,10 +34,11 @@ def adapted(model: nn.Module, spec: st.Spec | None = None, name: str = "default"
 def test_save_pretrained_writes_a_clean_base(kind: str, tmp_path: Path) -> None:
     plain, model = getattr(tiny, kind)(), adapted(getattr(tiny, kind)())
     want = plain.state_dict()
-    got = model.state_dict()
+    got = base_state_dict(model)
     assert list(got) == list(want)
     plain.save_pretrained(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "adapted")
+    with pytest.warns(UserWarning, match="without its adapter default"):
+        model.save_pretrained(tmp_path / "adapted")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "adapted" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
     again = type(plain).from_pretrained(tmp_path / "adapted")
@@ -60,15 +62,18 @@ def test_load_state_dict_into_an_adapted_base() -> None:
         for p in plain.parameters():
             p.mul_(1.5)
     adapter = [p.clone() for p in model.slim_state.adapters["default"].parameters()]
-    result = model.load_state_dict(plain.state_dict())
-    assert not result.missing_keys
+    with pytest.raises(RuntimeError, match=r"Missing key.*slim\.default"):
+        model.load_state_dict(plain.state_dict())
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert result.missing_keys
+    assert all(".slim.default." in key for key in result.missing_keys)
     assert not result.unexpected_keys
     with st.disabled(model):
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
     for a, b in zip(adapter, model.slim_state.adapters["default"].parameters(), strict=True):
         assert torch.equal(a, b), "the adapter is not the base's business"
     with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({k: v for k, v in plain.state_dict().items() if "q_proj" not in k})
+        model.load_state_dict({k: v for k, v in model.state_dict().items() if "k_proj" not in k})
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -237,7 +242,7 @@ def test_transformers_trainer(tmp_path: Path, checkpointing: bool) -> None:
     assert result.global_step == 2
     moved = [not torch.equal(a, b) for a, b in zip(start, model.slim_state.adapters["default"].parameters(), strict=True)]
     assert any(moved)
-    for key, t in model.state_dict().items():
+    for key, t in base_state_dict(model).items():
         assert torch.equal(t, before[key]), f"{key} of the base changed"
 
 

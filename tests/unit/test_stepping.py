@@ -14,6 +14,7 @@ from torch import nn
 
 import slimtune as st
 from slimtune.core import registry, stepping
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import SlimtuneError, SpecError
 from slimtune.core.state import state_of
 from slimtune.core.trained import set_values
@@ -222,7 +223,7 @@ def test_copies_and_files_keep_the_count_and_act_themselves(tmp_path) -> None:
     o.step()
     st.save(m, tmp_path / "a")
     loaded = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    loaded.load_state_dict(m.state_dict())
+    loaded.load_state_dict(base_state_dict(m))
     st.load(loaded, tmp_path / "a", name="a", trainable=True)
     for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), loaded):
         CALLS.clear()

@@ -123,7 +123,8 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_of(model)
     adapter = state.adapter(name)
     if state.merged and state.merged_plan is not None and name in state.merged_plan.names:
-        raise MergeError(f"{name!r} is merged into the weights now", hint="st.unmerge(model) first")
+        hint = "st.unmerge(model) first; or keep it in the weights for good, without adapters: st.merge(model, keep=False)"
+        raise MergeError(f"{name!r} is merged into the weights now", hint=hint)
     uninstall(model, state, adapter)
 
 
@@ -213,13 +214,17 @@ class disabled:
 def trainable(model: nn.Module, names: str | Iterable[str]) -> None:
     """Make just these adapters trainable, whichever act now (to train several in one mixed batch).
 
+    Parameters that you froze by hand stay frozen, as under `use`; an adapter that you froze altogether trains again.
+
     Raises:
         NoSuchAdapter: a name is unknown.
     """
     state = state_of(model)
     wanted = {names} if isinstance(names, str) else set(names)
     for name in wanted:
-        state.adapter(name).trainable = True
+        adapter = state.adapter(name)
+        adapter.trainable = True
+        adapter.thaw()
     for name, adapter in state.adapters.items():
         adapter.set_live(name in wanted)
 

@@ -45,7 +45,8 @@ class Adapter:
         self.name, self.spec, self.trainable = name, spec, trainable
         self.ops: dict[tuple[str, str], Op] = {}
         self.meta: dict[str, Any] = {}
-        self.live = True  # whether its parameters require gradients now
+        self.live: bool | None = None  # whether its parameters require gradients now; None: nobody has said yet
+        self.frozen: set[tuple[str, str, str]] = set()  # (module path, key, parameter) that the user froze by hand while it was live
         self.steps = 0
         self.total_steps: int | None = None
 
@@ -58,11 +59,23 @@ class Adapter:
             yield from op.parameters()
 
     def set_live(self, live: bool) -> None:
-        """Switch the gradients of this adapter's parameters."""
-        if live != self.live:
-            self.live = live
-            for p in self.parameters():
-                p.requires_grad_(live)
+        """Switch the gradients of this adapter's parameters; those that the user has frozen by hand stay frozen."""
+        if live == self.live:
+            return
+        named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
+        if self.live:
+            self.frozen = {at for at, p in named.items() if not p.requires_grad}
+        self.live = live
+        for at, p in named.items():
+            p.requires_grad_(live and at not in self.frozen)
+
+    def thaw(self) -> None:
+        """Forget what the user has frozen by hand, if that is all of it."""
+        named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
+        if self.live:
+            self.frozen = {at for at, p in named.items() if not p.requires_grad}
+        if self.frozen >= set(named):
+            self.frozen, self.live = set(), None
 
 
 class State:

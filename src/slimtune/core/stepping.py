@@ -16,12 +16,14 @@ random numbers draw them from seeds. Parameters that are sharded over processes 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -191,31 +193,37 @@ def _running(outer: Optimiser | None, inner: Optimiser) -> bool:
     return False
 
 
-def planned_steps(adapter: Adapter) -> int | None:
-    """Return how many steps an adapter will have made when the transformers Trainer that is stepping now is done, None without one.
+# ---- who trains -------------------------------------------------------------------------------------------------------
+_TRAINERS: ContextVar[tuple[Any, ...]] = ContextVar("slimtune_trainers", default=())
 
-    A schedule needs the end of training, which an optimiser does not know. The Trainer does, and is among the callers of the hook: found
-    there, it needs no callback, whatever subclass it is (TRL's, `slimtune train`'s).
+
+@contextlib.contextmanager
+def training_with(trainer: Any) -> Iterator[None]:
+    """Say that a transformers Trainer trains in this block (`integrations.trainer` does)."""
+    token = _TRAINERS.set((*_TRAINERS.get(), trainer))
+    try:
+        yield
+    finally:
+        _TRAINERS.reset(token)
+
+
+def planned_steps(adapter: Adapter) -> int | None:
+    """Return how many steps an adapter will have made when the transformers Trainer that trains it now is done, None without one.
+
+    A schedule needs the end of training, which an optimiser does not know, and the Trainer does.
     """
     trainer = _trainer()
     return None if trainer is None else int(adapter.steps + trainer.state.max_steps - trainer.state.global_step)
 
 
 def logged_losses() -> list[float] | None:
-    """Return the training losses that the transformers Trainer which is stepping now has logged so far, None without one."""
+    """Return the training losses that the transformers Trainer which trains now has logged so far, None without one."""
     trainer = _trainer()
     return None if trainer is None else [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
 def _trainer() -> Any:
-    module = sys.modules.get("transformers.trainer")
-    frame = sys._getframe() if module is not None else None
-    while frame is not None:
-        owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
-        if isinstance(owner, module.Trainer) and owner.state.max_steps > 0:  # type: ignore[union-attr]
-            return owner
-        frame = frame.f_back
-    return None
+    return next((trainer for trainer in reversed(_TRAINERS.get()) if trainer.state.max_steps > 0), None)
 
 
 # ---- training that no hook sees ---------------------------------------------------------------------------------------
@@ -260,4 +268,4 @@ class _Guard:
             )
 
 
-__all__ = ["Step", "acting", "acts", "arm", "logged_losses", "planned_steps", "unwatch", "watch"]
+__all__ = ["Step", "acting", "acts", "arm", "logged_losses", "planned_steps", "training_with", "unwatch", "watch"]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slimtune as st
 from slimtune.core.attach import roles_of
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import CapabilityError, PlanError
 from slimtune.core.op import affine
 from slimtune.core.plan import Which
@@ -85,7 +86,7 @@ def start(b: Bench) -> str:
     assert report.rows, "the report lists no op"
     assert report.trainable > 0, "nothing trains"
     assert report.trainable == sum(p.numel() for p in set(model.parameters()) if p.requires_grad), "the report's count is wrong"
-    assert list(model.state_dict()) == keys, "the base's state dict changed"
+    assert list(base_state_dict(model)) == keys, "the base's state dict changed"
     below = {id(p) for path, m in model.named_modules() if path not in head for p in m._parameters.values() if p is not None}
     taken = [row.path for row in report.rows if row.path in head]
     on_head = [path for path in taken if id(model.get_submodule(path)._parameters.get("weight")) not in below]  # a tied head may go along

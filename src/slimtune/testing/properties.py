@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import CapabilityError, MergeError, NoSuchAdapter, PlanError, SlimtuneError
 from slimtune.core.fold import first_tensor
 from slimtune.core.op import Op, affine
@@ -58,7 +59,7 @@ def identity(s: Subject) -> None:
     assert report.rows, "the report lists no op"
     assert report.trainable > 0, "nothing trains"
     assert report.trainable == sum(p.numel() for p in set(model.parameters()) if p.requires_grad), "the report's count is wrong"
-    assert list(model.state_dict()) == keys, "the base's state dict changed"
+    assert list(base_state_dict(model)) == keys, "the base's state dict changed"
     for path, cls in kinds.items():
         module = model.get_submodule(path)
         assert isinstance(module, cls), f"{path} is no {cls.__name__} any more"

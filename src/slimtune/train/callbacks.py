@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from slimtune.integrations.trainer import quantised_base
 from slimtune.train.report import duration, read_metrics
 from slimtune.train.runs import write_text
 
@@ -146,12 +146,10 @@ class ProgressCallback(TrainerCallback):
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves adapters from a plain transformers Trainer: with every checkpoint, and at the end.
+    """Saves an adapter into a folder `adapter/` of every checkpoint, and of the output folder when training ends.
 
-    Use it with `save_only_model=False` or not at all differently from what you do today: the Trainer's checkpoints stay as they
-    are, an `adapter/` folder appears in each, and one in the output folder when training ends.
-
-        Trainer(model=model, args=args, train_dataset=data, callbacks=[AdapterCallback("support")]).train()
+    Needless since a Trainer's own checkpoints hold the adapters that train (`integrations.trainer`); it stays for scripts that read these
+    folders.
 
     Args:
         name: the adapter to save.
@@ -176,26 +174,4 @@ class AdapterCallback(TrainerCallback):
             st.save(model, folder, name=self.name)
 
 
-@contextlib.contextmanager
-def quantised_base(model: nn.Module) -> Iterator[None]:
-    """Let a plain Trainer be built over a quantised base that carries slimtune adapters.
-
-    The Trainer's constructor refuses a quantised model unless a flag says that adapters are loaded; the flag belongs to another library's
-    integration, so it is set during the construction only.
-
-        with quantised_base(model):
-            trainer = Trainer(model=model, ...)
-
-    Args:
-        model: a transformers model with an adapter attached.
-    """
-    flag = "_hf_peft_config_loaded"
-    had = model.__dict__.get(flag)
-    setattr(model, flag, True)
-    try:
-        yield
-    finally:
-        if had is None:
-            delattr(model, flag)
-        else:
-            setattr(model, flag, had)
+__all__ = ["AdapterCallback", "MetricsCallback", "MetricsFile", "ProgressCallback", "quantised_base"]

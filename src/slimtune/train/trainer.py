@@ -45,6 +45,7 @@ class SlimTrainer(Trainer):
         callbacks: as the Trainer's.
     """
 
+    keeps_adapters = True  # its checkpoints hold the adapter in a way of their own (see `integrations.trainer`)
     loss_is_scaled_for_ga = True  # our losses are sums over the whole step's items already
 
     def __init__(
