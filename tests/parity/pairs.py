@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,20 @@ from torch import Tensor, nn
 import slimtune as st
 
 warnings.filterwarnings("ignore")
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """What the reference reads: its 0.21 refuses a prefix on a classifier whose body does not name `past_key_values`; since 5.24 transformers
+    takes that argument under the name of `cache`, and still under the old one."""
+    own = inspect.signature(function)
+    if "cache" not in own.parameters:
+        return own
+    old = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*named, old])
+
+
+peft.peft_model.inspect = types.SimpleNamespace(**{**vars(inspect), "signature": signature})
 
 
 class Zoo(nn.Module):
