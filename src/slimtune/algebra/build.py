@@ -28,6 +28,9 @@ from slimtune.methods.dense import Dense
 from slimtune.methods.lora import LoRA
 
 
+LARGE = 0.1  # relative error from which a report warns: below it, answers hardly differ
+
+
 @dataclass(frozen=True)
 class Outcome(Report):
     """The report of a computed adapter.
@@ -62,9 +65,15 @@ class Outcome(Report):
         if self.worst > 0:
             worst = max(self.errors, key=lambda at: self.errors[at])
             lines.append(f"  relative error: {self.error:.2g} over all, at most {self.worst:.2g} ({worst})")
+            if self.error > LARGE:
+                lines.append(f"  warning: {_lost(self.error)} of the change is lost; a higher rank keeps more (energy=0.95 finds one for each weight)")
         elif self.errors:
             lines.append("  exact")
         return "\n".join(lines)
+
+
+def _lost(error: float) -> str:
+    return "most" if error > 0.7 else "about half" if error > 0.4 else "a part"  # of its norm
 
 
 class Builder:

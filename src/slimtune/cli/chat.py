@@ -1,20 +1,21 @@
-"""slimtune chat RUN"""
+"""slimtune chat RUN_OR_ADAPTER"""
 
 from __future__ import annotations
 
 LONGEST = 256  # tokens of an answer
 
 
-def run(run_dir: str) -> None:
+def run(run_dir: str, model: str | None = None) -> None:
     """Talk with the adapted model until an empty line or Ctrl-D.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or an adapter's.
+        model: the base of an adapter's folder; None: the one that it names.
     """
-    from slimtune.train.reopen import reopen
+    from slimtune.cli.open_adapter import open_trained
     from slimtune.train.speak import speak
 
-    opened = reopen(run_dir, rows=False)
+    opened = open_trained(run_dir, model)
     opened.job.must_generate()
     job, turns = opened.job, list[dict[str, str]]()
     print("an empty line or Ctrl-D ends the talk" + ("" if job.chats else "; this model was trained without turns, so it sees each line alone"))

@@ -24,11 +24,16 @@ def run(path: Path, overrides: list[str]) -> None:
     """
     from rich.console import Console
 
+    from slimtune.core.visible import visible
     from slimtune.train.load_recipe import load_recipe
+    from slimtune.train.needs import check_packages
     from slimtune.train.precision import pick_dtype
     from slimtune.train.prepare import prepare
+    from slimtune.train.runs import check_out
 
     recipe = load_recipe(path, overrides)
+    check_packages(recipe)
+    check_out(Path(str(recipe.out)), resume=False)
     console = Console(highlight=False, soft_wrap=True)
     prepared = prepare(recipe, empty=True, say=lambda text: console.print(text, style="dim", markup=False))
     report = attach_empty(prepared, recipe)
@@ -36,7 +41,7 @@ def run(path: Path, overrides: list[str]) -> None:
 
     def line(name: str, text: str) -> None:
         console.print(f"[bold cyan]{name:<8}[/]", end="")
-        console.print(text, markup=False)
+        console.print(visible(text), markup=False)
 
     dtype = str(pick_dtype(recipe.dtype)).removeprefix("torch.")
     line(

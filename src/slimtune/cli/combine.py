@@ -19,11 +19,13 @@ def run(
         model: the base; None: the one that the first adapter names.
 
     Raises:
-        SlimtuneError: an adapter cannot be read or combined.
+        SlimtuneError: an adapter cannot be read or combined, or the output folder is in use.
     """
     import slimtune as st
     from slimtune.cli.open_base import adapter_folder, name_of, open_base
+    from slimtune.cli.output import new_folder
 
+    new_folder(out)
     weights: dict[str, float] = {}
     folders: dict[str, Path] = {}
     for folder, w in map(parse, adapters):

@@ -15,11 +15,13 @@ def run(adapter: str, out: str, r: int | None, energy: float | None, model: str 
         model: the base; None: the one that the adapter names.
 
     Raises:
-        SlimtuneError: it cannot be read or converted.
+        SlimtuneError: it cannot be read or converted, or the output folder is in use.
     """
     import slimtune as st
     from slimtune.cli.open_base import adapter_folder, name_of, open_base
+    from slimtune.cli.output import new_folder
 
+    new_folder(out)
     if (r is None) == (energy is None):
         raise SpecError("a LoRA needs its rank: give either -r or --energy", hint="-r 8, or --energy 0.95 to have it found for every module")
     folder = adapter_folder(adapter)

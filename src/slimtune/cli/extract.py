@@ -21,11 +21,13 @@ def run(
         leave_rest: leave out what else has changed.
 
     Raises:
-        SlimtuneError: a model cannot be read, or the two do not belong together.
+        SlimtuneError: a model cannot be read, the two do not belong together, or the output folder is in use.
     """
     import slimtune as st
     from slimtune.cli.open_base import load, name_of
+    from slimtune.cli.output import new_folder
 
+    new_folder(out)
     if (r is None) == (energy is None):
         raise SpecError("a LoRA needs its rank: give either -r or --energy", hint="-r 16, or --energy 0.95 to have it found for every module")
     folder = Path(tuned)

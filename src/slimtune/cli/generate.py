@@ -1,24 +1,25 @@
-"""slimtune generate RUN [--prompt TEXT ...] [--max-new-tokens N]"""
+"""slimtune generate RUN_OR_ADAPTER [--prompt TEXT ...] [--max-new-tokens N]"""
 
 from __future__ import annotations
 
 import sys
 
 
-def run(run_dir: str, prompts: list[str], max_new_tokens: int) -> None:
+def run(run_dir: str, prompts: list[str], max_new_tokens: int, model: str | None = None) -> None:
     """Print what the adapted model writes after each prompt.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or an adapter's.
         prompts: texts; without any, the lines of standard input, or, at a terminal, three held-out examples.
         max_new_tokens: length of an answer, in tokens.
+        model: the base of an adapter's folder; None: the one that it names.
     """
-    from slimtune.train.reopen import reopen
+    from slimtune.cli.open_adapter import open_trained
     from slimtune.train.speak import speak
 
     if not prompts and not sys.stdin.isatty():
         prompts = [line for line in (raw.rstrip("\n") for raw in sys.stdin) if line.strip()]
-    opened = reopen(run_dir, rows=not prompts)
+    opened = open_trained(run_dir, model, rows=not prompts)
     opened.job.must_generate()
     ready = [opened.job.prompt_tokens(p) for p in prompts] or [opened.job.prompt_of(r) for r in opened.job.held_out()[:3]]
     for tokens in ready:

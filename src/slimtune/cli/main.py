@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimtune.core.errors import RecipeError, SlimtuneError
+from slimtune.core.visible import visible
 from slimtune.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a Y
 OverridesArg = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file.", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)]
 
+TrainedArg = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a finished run, or an adapter's.", show_default=False)
+]
 ModelOption = Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter names.", show_default=False)]
 
 
@@ -91,24 +95,29 @@ def eval_(
 
 @app.command(epilog=_example("slimtune generate runs/reviews --prompt 'Tasty, and cheap.'", "slimtune generate runs/reviews < prompts.txt"))
 def generate(
-    run: RunArg,
+    run: TrainedArg,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to answer; may be given several times.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 128,
+    model: ModelOption = None,
 ) -> None:
     """Show what the adapted model writes after a prompt."""
-    _run("generate", str(run), prompt or [], max_new_tokens)
+    _run("generate", str(run), prompt or [], max_new_tokens, model)
 
 
 @app.command(epilog=_example("slimtune chat runs/assistant"))
-def chat(run: RunArg) -> None:
+def chat(run: TrainedArg, model: ModelOption = None) -> None:
     """Talk with the adapted model."""
-    _run("chat", str(run))
+    _run("chat", str(run), model)
 
 
 @app.command(epilog=_example("slimtune merge runs/reviews --out merged"))
-def merge(run: RunArg, out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the merged model.", show_default=False)]) -> None:
+def merge(
+    run: TrainedArg,
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder for the merged model.", show_default=False)],
+    model: ModelOption = None,
+) -> None:
     """Fold the adapter into the model and write a plain transformers checkpoint."""
-    _run("merge", str(run), out)
+    _run("merge", str(run), out, model)
 
 
 @app.command(
@@ -241,10 +250,10 @@ def _run(command: str, *values: Any) -> None:
             raise
         _show(error)
         raise typer.Exit(2) from None
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:  # the disk, the rights, the names: never a defect of the program
         if os.environ.get("SLIMTUNE_TRACEBACK"):
             raise
-        _show(SlimtuneError(f"{error.strerror}", where=str(error.filename or "")))
+        _show(SlimtuneError(f"{error.strerror or error}", where=str(error.filename or "")))
         raise typer.Exit(2) from None
     except ModuleNotFoundError as error:
         if os.environ.get("SLIMTUNE_TRACEBACK") or (error.name or "").startswith("slimtune"):
@@ -260,9 +269,9 @@ def _show(error: SlimtuneError) -> None:
     from rich.text import Text
 
     problems = error.problems if isinstance(error, RecipeError) else []
-    lines = [Text.assemble(("error: ", "bold red"), (error.what, "bold")), *(Text(f"  - {problem}") for problem in problems)]
-    lines += [Text(f"  where: {error.where}")] if error.where else []
-    lines += [Text(f"  hint:  {error.hint}", style="cyan")] if error.hint else []
+    lines = [Text.assemble(("error: ", "bold red"), (visible(error.what), "bold")), *(Text(f"  - {visible(problem)}") for problem in problems)]
+    lines += [Text(f"  where: {visible(error.where)}")] if error.where else []
+    lines += [Text(f"  hint:  {visible(error.hint)}", style="cyan")] if error.hint else []
     _say(*lines)
 
 

@@ -1,30 +1,29 @@
-"""slimtune merge RUN --out DIR"""
+"""slimtune merge RUN_OR_ADAPTER --out DIR"""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 
-def run(run_dir: str, out: str) -> None:
+def run(run_dir: str, out: str, model: str | None = None) -> None:
     """Write a plain transformers checkpoint with the adapter folded in; slimtune is not needed to load it.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or an adapter's.
         out: a new or empty folder.
+        model: the base of an adapter's folder; None: the one that it names.
 
     Raises:
         FileError: the folder is in use.
     """
-    from slimtune.core.errors import FileError
-    from slimtune.train.reopen import reopen, write_merged
+    from slimtune.cli.open_adapter import open_trained
+    from slimtune.cli.output import new_folder
+    from slimtune.train.reopen import write_merged
     from slimtune.train.report import size
     from slimtune.train.runs import folder_bytes
 
-    target = Path(out)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileError("the output folder is not empty" if target.is_dir() else "the output is a file", where=out, hint="choose a new folder")
-    opened = reopen(run_dir, rows=False, quantize="none")  # a plain checkpoint holds plain weights
+    target = new_folder(out)
+    opened = open_trained(run_dir, model, quantize="none")  # a plain checkpoint holds plain weights
     if opened.adapter is None:
         shutil.copytree(opened.folder.model, target, dirs_exist_ok=True)
     else:

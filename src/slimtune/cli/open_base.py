@@ -41,11 +41,23 @@ def open_base(adapter: str, model: str | None) -> nn.Module:
         RecipeError: the adapter does not say.
         FileError: the model cannot be loaded.
     """
+    if model is None and (Path(adapter) / "adapter").is_dir():
+        return _of_run(adapter)
+    return load(*named_base(adapter, model))
+
+
+def named_base(adapter: str, model: str | None) -> tuple[str, str | None, dict[str, Any]]:
+    """Return the source, transformers class and changed config fields of an adapter's base, as `load` takes them.
+
+    Args:
+        adapter, model: as for `open_base`.
+
+    Raises:
+        RecipeError: the adapter does not say.
+    """
     from slimtune.files.adapter import read
     from slimtune.files.layouts.reference import HEADS
 
-    if model is None and (Path(adapter) / "adapter").is_dir():
-        return _of_run(adapter)
     file, _, config, _ = read(adapter_folder(adapter), frozenset())
     config = config or {}
     source = model or config.get("base_model_name_or_path")
@@ -54,7 +66,7 @@ def open_base(adapter: str, model: str | None) -> nn.Module:
     task = config.get("task_type")
     ends = tuple(f"{head}.weight" for head in HEADS.get(str(task), ()))
     labels = next((e.shape[0] for name, e in file.entries.items() if ends and name.endswith(ends) and len(e.shape) == 2), None)
-    return load(str(source), _AUTO.get(str(task)), {} if labels is None else {"num_labels": labels})
+    return str(source), _AUTO.get(str(task)), {} if labels is None else {"num_labels": labels}
 
 
 def load(source: str, cls: str | None, changes: dict[str, Any], dtype: Any = "auto") -> nn.Module:
@@ -72,12 +84,12 @@ def load(source: str, cls: str | None, changes: dict[str, Any], dtype: Any = "au
     import transformers
 
     from slimtune.train.convert import quiet_transformers
-    from slimtune.train.models import _explained, _local_only, _refuse_pickle, load_config, resolve_model
+    from slimtune.train.models import _explained, _local_only, check_weights, load_config, resolve_model
 
     resolved = resolve_model(source)
     config = load_config(resolved)
     if resolved.origin != "hub":
-        _refuse_pickle(Path(resolved.path_or_hub_id))
+        check_weights(Path(resolved.path_or_hub_id))
     name = cls or (config.architectures or ["AutoModel"])[0]
     if not hasattr(transformers, name):
         raise FileError(f"transformers has no {name}", where=source, hint="upgrade transformers, or use st.combine and its kin in Python")

@@ -17,8 +17,10 @@ def run(recipe_path: str, overrides: list[str], resume: bool) -> None:
         SystemExit: 130 after Ctrl-C; the run is saved.
     """
     from slimtune.train.load_recipe import load_recipe
+    from slimtune.train.needs import check_packages
 
     recipe = load_recipe(recipe_path, overrides)
+    check_packages(recipe)
 
     from slimtune.train.engine import train
     from slimtune.train.outcome import lines

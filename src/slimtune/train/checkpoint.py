@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import FileError, FormatError
+from slimtune.core.errors import FileError, FormatError, SlimtuneError
 from slimtune.core.state import state_of
 from slimtune.core.trained import Trained
 
@@ -91,6 +93,22 @@ def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
     with torch.no_grad():
         for key, value in live.items():
             value.copy_(saved[key])
+
+
+@contextlib.contextmanager
+def intact(checkpoint: str | None) -> Iterator[None]:
+    """Turn whatever reading a checkpoint's files raises into one sentence; torch's own would advise to open them unsafely.
+
+    Raises:
+        FormatError: naming the checkpoint.
+    """
+    try:
+        yield
+    except (SlimtuneError, MemoryError):
+        raise
+    except Exception as e:
+        hint = "delete this checkpoint and resume from the one before"
+        raise FormatError(f"this checkpoint is damaged ({type(e).__name__})", where=str(checkpoint), hint=hint) from None
 
 
 def flush(folder: Path) -> None:

@@ -25,12 +25,13 @@ from slimtune.train.checkpoint_blocks import EVERY, checkpoint_blocks
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.environment import environment
 from slimtune.train.evaluate import Evaluation
+from slimtune.train.full_disk import told_if_full
 from slimtune.train.job import Job, load_job
 from slimtune.train.outcome import Learnt, describe, outcome, summary
 from slimtune.train.quiet import quiet
 from slimtune.train.recipe import Recipe
 from slimtune.train.report import duration, write_report
-from slimtune.train.runs import RunFolder, folder_bytes, new_run, read_json, write_json, write_text
+from slimtune.train.runs import RunFolder, folder_bytes, read_json, run_alone, write_json, write_text
 from slimtune.train.stopping import StopOnSignal, Stopped
 from slimtune.train.trainer import SlimTrainer
 
@@ -78,11 +79,11 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
     out = Path(str(recipe.out))
     existed = out.exists()
     made = [parent for parent in (out, *out.parents) if not parent.exists()]
-    folder = new_run(out, resume) if processes.is_main_process else RunFolder(out)
-    processes.wait_for_everyone()
     try:
-        with quiet():
-            result = _train(recipe, folder, resume, say, processes.is_main_process)
+        with run_alone(out, resume) if processes.is_main_process else contextlib.nullcontext(RunFolder(out)) as folder:
+            processes.wait_for_everyone()
+            with told_if_full(out), quiet():
+                result = _train(recipe, folder, resume, say, processes.is_main_process)
         if processes.num_processes > 1:
             processes.wait_for_everyone()  # the main process writes longest; the others stay, so that none ends under its neighbours
             atexit.unregister(_leave_together)
@@ -91,7 +92,7 @@ def train(recipe: Recipe, resume: bool = False, say: Say | None = None) -> RunRe
     except Stopped:
         raise
     except BaseException:
-        if processes.is_main_process and not existed and folder.latest_checkpoint() is None:
+        if processes.is_main_process and not existed and RunFolder(out).latest_checkpoint() is None:
             shutil.rmtree(out, ignore_errors=True)  # nothing half-written
             for parent in made[1:]:
                 with contextlib.suppress(OSError):  # somebody put something there meanwhile

@@ -158,12 +158,12 @@ def load_model(
         config.label2id = {name: i for i, name in enumerate(labels)}
         config.problem_type = "single_label_classification"
     auto: Any = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    if resolved.origin != "hub":
+        check_weights(Path(resolved.path_or_hub_id))  # before the model is built without them, too: a check refuses what training would
     if empty:
         with _explained(resolved), torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False, dtype=pick_dtype(dtype))
     else:
-        if resolved.origin != "hub":
-            _refuse_pickle(Path(resolved.path_or_hub_id))
         # NF4 and int8 exist for a GPU and for a CPU alike; everything goes to the one device of this process.
         extra = {}
         if quantize in {"nf4", "int8"}:
@@ -215,8 +215,24 @@ def _local_only(resolved: ResolvedModel) -> bool:
     raise hub.unreachable(resolved.path_or_hub_id, "model", hint)
 
 
-def _refuse_pickle(folder: Path) -> None:
-    if list(folder.glob("*.safetensors")) or list(folder.glob("*.safetensors.index.json")):
+def check_weights(folder: Path) -> None:
+    """Raise unless a model's folder holds weights that can be opened safely; only their headers are looked at.
+
+    Raises:
+        FormatError: they are a pickle, or no safetensors.
+        FileError: there are none, or a link leads nowhere.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    for path in found:
+        if not path.exists():
+            raise FileError("the weights are a link to a file that does not exist", where=str(path), hint=f"it points to {path.readlink()}")
+        with path.open("rb") as f:
+            start = f.read(8)
+        if start == b"version ":
+            raise FormatError("the weights are a pointer of Git LFS, not the file itself", where=str(path), hint="git lfs pull")
+        if len(start) < 8 or int.from_bytes(start, "little") > path.stat().st_size - 8:
+            raise FormatError("the weights are cut short, or no safetensors", where=str(path), hint="fetch the file again")
+    if found or list(folder.glob("*.safetensors.index.json")):
         return
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
     if pickles:

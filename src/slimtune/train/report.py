@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.core.errors import FileError
+from slimtune.core.visible import visible
 from slimtune.train.figures import FIGURES, Figure, draw_figures
 from slimtune.train.runs import RunFolder, read_json, write_text
 
@@ -127,7 +128,7 @@ def render(
     import yaml
 
     source = resources.files("slimtune").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
-    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env = jinja2.Environment(autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters.update(size=size, duration=duration, number=number)
     pictures = [{"name": f.name, "caption": f.caption, "light": _data_uri(f.light), "dark": _data_uri(f.dark)} for f in figures]
     return env.from_string(source).render(
@@ -140,6 +141,10 @@ def render(
         versions=sorted(environment.get("versions", {}).items()),
         logged=len(metrics),
     )
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value  # what is marked as safe is the template's own
 
 
 def _cards(results: Mapping[str, Any]) -> list[dict[str, str]]:

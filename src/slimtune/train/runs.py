@@ -16,11 +16,12 @@ Every file is written to a temporary name and renamed, so a reader never sees ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import yaml
 from slimtune.core.errors import FileError, RecipeError
 
 _CHECKPOINT = re.compile(r"^step-(\d+)$")
+LOCK = ".lock"
 REPORT_FILES = ("results.json", "summary.json", "report.html")
 
 
@@ -184,8 +186,8 @@ class RunFolder:
         return value
 
 
-def new_run(path: Path, resume: bool) -> RunFolder:
-    """Prepare the folder of a run that is about to start.
+def check_out(path: Path, resume: bool) -> RunFolder:
+    """Return the folder of a run that could start now; nothing is made.
 
     Args:
         path: the run folder.
@@ -195,6 +197,8 @@ def new_run(path: Path, resume: bool) -> RunFolder:
         RecipeError: the folder holds another run, or there is nothing to resume.
     """
     folder = RunFolder(path)
+    if path.is_symlink() and not path.exists():
+        raise RecipeError("the output path is a link to something that does not exist", where=str(path), hint="set `out:` to a new folder")
     if path.exists() and not path.is_dir():
         raise RecipeError("the output path is a file, not a folder", where=str(path), hint="set `out:` to a new folder")
     if resume:
@@ -206,16 +210,50 @@ def new_run(path: Path, resume: bool) -> RunFolder:
             )
         if folder.latest_checkpoint() is None and not folder.recipe.is_file():
             raise RecipeError("there is no run to resume here", where=str(path), hint="leave --resume away to start it")
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(p.name != LOCK for p in path.iterdir()):
         resumable = folder.latest_checkpoint() is not None and not folder.is_finished()
         raise RecipeError(
             "the output folder already holds a run" if folder.recipe.is_file() else "the output folder is not empty",
             where=str(path),
             hint=("continue it with --resume, or " if resumable else "") + "choose another folder with out=NEW_FOLDER",
         )
+    return folder
+
+
+def new_run(path: Path, resume: bool) -> RunFolder:
+    """Prepare the folder of a run that is about to start; arguments and errors as for `check_out`."""
+    folder = check_out(path, resume)
     path.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers()
     return folder
+
+
+@contextlib.contextmanager
+def run_alone(path: Path, resume: bool) -> Iterator[RunFolder]:
+    """Prepare the folder of a run and hold it for this process alone.
+
+    Args:
+        path, resume: as for `check_out`.
+
+    Raises:
+        RecipeError: another run is at work in it, or what `check_out` says.
+    """
+    from filelock import FileLock, Timeout  # torch and transformers depend on it
+
+    if not path.is_dir():
+        check_out(path, resume)  # before anything is made
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        hint = "wait until it has ended, or choose another folder with out=NEW_FOLDER"
+        raise RecipeError("another run is at work in this folder", where=str(path), hint=hint) from None
+    try:
+        yield new_run(path, resume)
+    finally:
+        (path / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody else's is removed
+        lock.release()
 
 
 def open_run(path: str | os.PathLike[str]) -> RunFolder:

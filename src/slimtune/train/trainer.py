@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import slimtune as st
 from slimtune.core.errors import RecipeError
-from slimtune.train.checkpoint import PROGRESS, flush, read_tensors, write_tensors
+from slimtune.train.checkpoint import PROGRESS, flush, intact, read_tensors, write_tensors
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.evaluate import Evaluation
 from slimtune.train.loss import causal_loss, classification_loss, has_own_loss
@@ -201,6 +201,14 @@ class SlimTrainer(Trainer):
             os.replace(work, final)
             self.folder.remove_older_checkpoints(self.keep)
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with intact(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with intact(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.restore(Path(resume_from_checkpoint))

@@ -70,6 +70,8 @@ def parse_flat(text: str) -> tuple[dict[str, Entry], list[str]]:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         return {}, [_syntax(error)]
+    except RecursionError:
+        return {}, [_TOO_DEEP]
     if node is None:
         return {}, ["the recipe is empty; `slimtune init` lists examples to start from"]
     if not isinstance(node, yaml.MappingNode):
@@ -84,6 +86,9 @@ def parse_flat(text: str) -> tuple[dict[str, Entry], list[str]]:
             continue
         if key in entries:
             problems.append(f"{line}: `{key}` is given twice (first on {entries[key].place}); keep one")
+            continue
+        if too_much := _too_much(value_node):
+            problems.append(f"{line}: `{key}`: {too_much}")
             continue
         try:
             value = _construct(value_node)
@@ -109,7 +114,10 @@ def parse_override(text: str, texts: Collection[str] = ()) -> tuple[str, Entry] 
     if not equals or not key:
         return f"override `{text}`: write key=value, for example lr=1e-3"
     try:
-        read = yaml.load(value, Loader=_Loader)
+        node = yaml.compose(value, Loader=_Loader)
+        if too_much := _too_much(node):
+            return f"override `{text[:60]}`: {too_much}"
+        read = None if node is None else _construct(node)
     except (yaml.YAMLError, ValueError, RecursionError):
         if key not in texts:
             return f"override `{text}`: the value is not valid YAML; put quotes around it"
@@ -125,6 +133,31 @@ def dump_value(value: Any) -> str:
     # The short width of PyYAML would fold a long prompt template over several lines.
     text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+_DEPTH, _VALUES = 20, 10_000  # of one value: a recipe's longest lists have a few dozen entries
+_TOO_DEEP = f"lists inside lists more than {_DEPTH} deep are no recipe"
+
+
+def _too_much(node: yaml.Node | None) -> str:
+    """Return what is wrong with a value that is nested too deeply, or too large once its aliases are followed, or ""."""
+    sizes: dict[int, int] = {}  # an alias is the same node again: its size is worked out once
+
+    def size(node: yaml.Node | None, depth: int) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if depth > _DEPTH:
+            raise RecursionError
+        if id(node) not in sizes:
+            flat = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in flat)
+        return sizes[id(node)]
+
+    try:
+        count = size(node, 0)
+    except RecursionError:
+        return _TOO_DEEP
+    return f"it stands for {count:,} values, more than the {_VALUES:,} a recipe may hold" if count > _VALUES else ""
 
 
 def _construct(node: yaml.Node) -> Any:
