@@ -75,12 +75,10 @@ class Rooted:
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         """Leave the 2-D mask to the body where virtual tokens are put in front of it."""
-        plan, flat = self.slim_state.current(), kwargs.get("attention_mask")
         own = super().create_masks_for_generate(**kwargs) if hasattr(super(), "create_masks_for_generate") else None  # type: ignore[misc]
-        if prompting(self.slim_state, plan):
-            # A class with a function of its own may want the mask as long as its cache (BLOOM); the virtual tokens in there are added later.
-            whole = isinstance(own, Tensor) and own.dim() == 2
-            return own[:, : own.shape[1] - cached_tokens(self, plan)] if whole else flat  # type: ignore[index, union-attr, arg-type]
+        if prompting(self.slim_state, self.slim_state.current()):
+            # A class with a function of its own may want the 2-D mask as long as its cache (BLOOM): the body tells it by its length.
+            return own if isinstance(own, Tensor) and own.dim() == 2 else kwargs.get("attention_mask")
         if own is not None or hasattr(super(), "create_masks_for_generate"):
             return own
         return internals.default_masks(**kwargs)

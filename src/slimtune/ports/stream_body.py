@@ -16,7 +16,7 @@ from slimtune.core.errors import CapabilityError, PlanError
 from slimtune.core.plan import Plan
 from slimtune.ports.body import Body, embeddings_of
 from slimtune.ports.frame import Frame
-from slimtune.ports.transformers_internals import CACHE, cache_in, places_held
+from slimtune.ports.transformers_internals import CACHE, cache_in, places_held, room_of
 from slimtune.ports.virtual import every, framed, segments, virtual_tokens
 
 # What else holds one thing for each token: what a virtual token gets there.
@@ -45,14 +45,16 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
         )
     if at.P == 0 and isinstance(at.skip, int) and at.skip == 0:
         return base(**given)
-    past = _past(cache_in(given), at, where)
+    cache = cache_in(given)
+    past = _past(cache, at, where)
     first = isinstance(past, int) and past == 0
     own_past = past if first else past - at.P
     _check(facts, given, at, batch, n, own_past, where)
     if mask is None and not at.even:
         mask = torch.ones(batch, n + int(own_past), dtype=torch.long, device=device)
     if mask is not None and at.P:
-        given["attention_mask"] = at.mask(mask)
+        whole = mask.shape[1] == _room(cache)  # as long as a static cache, which has room for the virtual tokens, instead of the tokens so far
+        given["attention_mask"] = at.mask(mask[:, : mask.shape[1] - at.P] if whole else mask)
     if facts.positions:
         own = given.get("position_ids")
         skips = not isinstance(at.skip, int) or at.skip > 0
@@ -71,7 +73,7 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
         if t is not None:
             given[name] = at.arrange(F.pad(t, (at.P, 0), value=value))
     out = base(**given)
-    _mark(cache_in(given) or cache_in(out), at)
+    _mark(cache if cache is not None else cache_in(out), at)
     kept = {op.keep for _, chain, _ in parts for op in every(chain) if op.tokens}
     if len(kept) > 1:
         raise PlanError(
@@ -101,6 +103,10 @@ def _past(cache: Any, at: Frame, where: str) -> int | Tensor:
             hint="run the prompt and all that follows under one plan, beginning with an empty cache",
         )
     return length
+
+
+def _room(cache: Any) -> int:
+    return -1 if cache is None else room_of(cache)
 
 
 def _mark(cache: Any, at: Frame) -> None:

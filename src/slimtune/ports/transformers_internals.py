@@ -141,7 +141,10 @@ def places_held(cache: Any, layer: int = 0) -> int | Tensor:
 
 def room_of(cache: Any) -> int:
     """Return how many places a cache can hold at most, -1 where it grows."""
-    ask = getattr(cache, "get_max_length", None) or getattr(cache, "get_max_cache_shape", None)
+    own = getattr(cache, "self_attention_cache", cache)
+    if not getattr(own, "layers", True):
+        return -1  # layers are made when they are needed
+    ask = getattr(own, "get_max_length", None) or getattr(own, "get_max_cache_shape", None)
     return -1 if ask is None else int(ask())
 
 
