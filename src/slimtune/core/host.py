@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,13 @@ class Slot(nn.Module):
     def forget(self) -> None:
         """Let go of what was worked out for the plan seen last."""
         self.mixed, self.chained = None, (None, None)
+
+    def children(self) -> Iterator[nn.Module]:
+        yield from (m for m in self._modules.values() if m is not None)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield nothing: those who go by it (accelerate's offloading, torch's quantisation) would take ops for layers that are called."""
+        yield from ()
 
     def ops(self, name: str) -> list[Op]:
         """Return the ops of an adapter here, in the order they were attached."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.elsewhere import at_hand, device_of
 from slimtune.core.kind import Kind
 
 
@@ -56,7 +57,8 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.module.parameters(recurse=True)), torch.device("cpu"))
+        """Where the module computes, wherever its weights are kept between forwards."""
+        return device_of(self.module)
 
     def at_entrance(self, path: str, module: nn.Module, kind: Kind) -> Site:
         """Return this site with x taken from the input of another module, which runs before this one in the same forward."""
@@ -78,7 +80,8 @@ class Site:
 
     def read(self) -> Tensor:
         """Return the dense base weight in canonical shape."""
-        return self.kind.read(self.module, self.param)
+        with at_hand(self.module):
+            return self.kind.read(self.module, self.param)
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.elsewhere import at_hand, whole
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
 from slimtune.core.placing import check_free, install, kind_at, put_to_use
 from slimtune.core.report import Report, make_report
@@ -112,7 +114,10 @@ def pack(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, 
     for place in places:
         module = model.get_submodule(place.path)
         op = adapter.ops[(place.path, place.key)]
-        for short, t in layout.codec(place.method).put(place, op, module, kind_at(module)).items():
+        with at_hand(module) if place.port == "weight" else contextlib.nullcontext():
+            put = layout.codec(place.method).put(place, op, module, kind_at(module))
+        for short, sharded in put.items():
+            t = whole(sharded)
             key, name = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (layout.stored(short),), layout.stored(short)
             if isinstance(layout, Generic) and first.setdefault(key, name) != name:
                 same[name] = first[key]  # several ops share one tensor: it is written once

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.elsewhere import at_hand, identity, offloaded, ties, whole
 from slimtune.core.errors import FormatError
 from slimtune.core.placing import base_modules, kind_at
 
@@ -128,12 +129,16 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
     without = tuple(sorted(without))
     skip = tuple(f"{p}." for p in without)
     found: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
-    seen: set[int] = set()
-    for path, module in base_modules(model).items():
+    seen: set[Any] = set()
+    modules = base_modules(model)
+    tied = ties(model) if any(offloaded(m) for m in modules.values()) else {}  # where offloading has cut them
+    for path, module in modules.items():
         for name, p in module._parameters.items():
             full = f"{path}.{name}" if path else name
-            if p is not None and id(p) not in seen and not full.startswith(skip):
-                seen.add(id(p))
+            if p is None or full.startswith(skip) or tied.get(full, full) in found:
+                continue
+            if (same := identity(module, name, p)) not in seen:
+                seen.add(same)
                 found[full] = (module, name, p)
     groups: dict[str, list[str]] = {}
     structure: dict[str, dict[str, int]] = {}
@@ -144,7 +149,7 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
         counts = structure.setdefault(star, {})
         counts[shape] = counts.get(shape, 0) + 1
     chosen = _choose(groups)
-    key = (without, tuple((n, *_stamp(found[n][2])) for n in chosen), str(structure))
+    key = (without, tuple((n, identity(*found[n]), *_stamp(found[n][2])) for n in chosen), str(structure))
     cached = _CACHE.get(model)
     if cached is None or cached[0] != key:
         types, values = _sample([found[n] for n in chosen])
@@ -155,7 +160,7 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
 
 def _stamp(p: nn.Parameter) -> tuple[Any, ...]:
     """Return what changes when a parameter is written to, moved or cast."""
-    return id(p), p.dtype, 0 if p.device.type == "meta" else p.data_ptr(), 0 if p.is_inference() else p._version
+    return p.dtype, 0 if p.device.type == "meta" or hasattr(p, "device_mesh") else p.data_ptr(), 0 if p.is_inference() else p._version
 
 
 def _shape(module: nn.Module, name: str, p: nn.Parameter) -> tuple[int, ...]:
@@ -184,12 +189,14 @@ def _sample(chosen: list[tuple[nn.Module, str, nn.Parameter]]) -> tuple[str, Ten
         for i, (module, name, p) in enumerate(chosen):
             t: Tensor | None = None
             code = _UNSEEN
-            if p.device.type == "meta" or p.numel() == 0 or hasattr(p, "device_mesh"):
+            if (p.device.type == "meta" and not offloaded(module)) or p.numel() == 0:
                 pass
             elif i in small:
-                t, code = kind_at(module).read(module, name), _QUANTISED
+                with at_hand(module):
+                    t, code = kind_at(module).read(module, name), _QUANTISED
             elif p.dtype in _CODES and not (name == "weight" and kind_at(module).quantised):
-                t, code = p, _CODES[p.dtype]
+                with at_hand(module, inside=False):
+                    t, code = whole(module._parameters[name]), _CODES[p.dtype]  # type: ignore[arg-type]
             if t is None:
                 parts.append(torch.zeros(VALUES))
             else:

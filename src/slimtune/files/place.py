@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.core.elsewhere import at_hand
 from slimtune.core.errors import FileError, FormatError, MismatchError, SiteError, SlimtuneError, closest
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules, kind_at
@@ -105,8 +106,9 @@ def make_ops(
         site = site.for_build(dtype, True, shared.setdefault(place.part, {}), loading=True)
         op = maker.make(site, place.part)
         op.resume(place.settings, site)
-        tensors = layout.codec(place.method).take(place, op, module, kind, taker)
-        wants = op.expects(module)
+        with at_hand(module) if place.port == "weight" else contextlib.nullcontext():
+            tensors = layout.codec(place.method).take(place, op, module, kind, taker)
+            wants = op.expects(module)
         if set(tensors) != set(wants):
             raise MismatchError(f"the file holds {sorted(tensors)} for {place}, its method needs {sorted(wants)}", where=where)
         odd = {n: t.shape for n, t in tensors.items() if t is not None and tuple(t.shape) != wants[n]}
@@ -114,7 +116,8 @@ def make_ops(
         wrong += bad
         whole = {n: t for n, t in tensors.items() if t is not None}
         if not bad and len(whole) == len(tensors):
-            op.reset_from(whole, module)
+            with at_hand(module) if place.port == "weight" else contextlib.nullcontext():
+                op.reset_from(whole, module)
             made.append((site, place.key, op))
     if taker.missing:
         raise MismatchError(

@@ -122,9 +122,11 @@ def _stack(plan: Plan, slot: Slot, x: Tensor, kind: str) -> tuple[Stacked, Group
 
 
 def _frozen_plain(host: Any) -> bool:
-    """Tell whether a host is a plain nn.Linear whose own parameters get no gradient and are no distributed tensors."""
-    weight, bias = host._parameters["weight"], host._parameters["bias"]
-    return base_class(host) is nn.Linear and type(weight) is nn.Parameter and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    """Tell whether a host is a plain nn.Linear whose own parameters get no gradient, and are neither computed nor distributed tensors."""
+    cls, weight, bias = type(host), host._parameters.get("weight"), host._parameters.get("bias")
+    if cls.slim_base is not nn.Linear or cls.slim_patched or type(weight) is not nn.Parameter:
+        return False
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class Conv1DKind(LinearKind):
