@@ -41,8 +41,8 @@ def filled(model: nn.Module) -> nn.Module:
 def base(name: str) -> Any:
     """Return the base of one of the adapters."""
     if name == "classifier":
-        config = BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, max_position_embeddings=16)
-        return filled(BertForSequenceClassification(config))
+        small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return filled(BertForSequenceClassification(BertConfig(**small, vocab_size=32, max_position_embeddings=16)))
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
     return filled(LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=16, tie_word_embeddings=False)))
 

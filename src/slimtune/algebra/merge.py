@@ -1,8 +1,8 @@
 """merge / unmerge: fold adapters into the weights, and take them out again bit for bit.
 
 The merged weight is computed in float32 (float64 on a float64 base) and rounded once to the base's dtype, or requantised. The old
-parameter objects are kept aside, so unmerge gives back the very bits. What rounding took from the adapter's change is measured, and said
-where it is more than a little.
+parameter objects are kept aside, so unmerge gives back the very bits, or let go where nobody will ask for them (`permanent`). What rounding took
+from the adapter's change is measured, and said where it is more than a little.
 """
 
 from __future__ import annotations
@@ -12,32 +12,47 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from slimtune.core.errors import CapabilityError, MergeError
-from slimtune.core.fold import Chain, members
+from slimtune.algebra.merged_values import check_affine, merged_sites, merged_values
+from slimtune.algebra.permanent import merge_for_good, strip
+from slimtune.algebra.ties import Tied
+from slimtune.core.errors import MergeError
+from slimtune.core.fold import Chain
 from slimtune.core.host import Slot
-from slimtune.core.op import affine
 from slimtune.core.placing import kind_at
-from slimtune.core.plan import NameLink, Plan, Which
-from slimtune.core.state import BARE, State, state_of, unwrap
-from slimtune.ports.effective import effective
+from slimtune.core.plan import Plan, Which
+from slimtune.core.state import BARE, state_of, unwrap
 
 
-def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = None) -> None:
+def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = None, keep: bool = True) -> None:
     """Fold adapters into the base's weights; a plain call of the model then includes them, once.
 
     Args:
         which: a name, a list (stack) or a mapping (weighted sum); default: what is in use now.
         out: instead of changing the model, write a merged plain checkpoint to this folder, tensor by tensor.
+        keep: keep the old weights beside the merged ones, for `unmerge`. False lets them go, layer by layer, and leaves a plain model: its very
+            first classes everywhere, no adapter, no hook. Of a model that is merged already it makes that merge final.
 
     Raises:
         CapabilityError: an op has no exact form on the weight; nothing has changed then.
-        MergeError: something is merged already.
+        MergeError: something is merged already, or a merged value would not be finite; nothing has changed then.
+
+    Example:
+        >>> import slimtune as st, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> report = st.attach(model, st.LoRA(r=2))
+        >>> st.merge(model, keep=False)
+        >>> type(model[0]) is torch.nn.Linear
+        True
     """
     model = unwrap(model)
     state = state_of(model)
+    if out is not None and not keep:
+        raise MergeError("out= leaves the model as it is, keep=False would make it plain", hint="one call for each: st.merge(model, out=...) first")
+    if state.merged and not keep and state.merged_plan is not None and (which is None or _same(Plan.of(which), state.merged_plan)):
+        strip(model, state, state.merged_plan.names)
+        return
     plan = state.current() if which is None else Plan.of(which)
     state.check(plan)
     if plan.size is not None:
@@ -47,7 +62,10 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
     if state.in_block():
         raise MergeError("a `with st.use(...)` block is open", hint="merge outside of it")
     if state.merged:
-        raise MergeError("an adapter is merged already", hint="st.unmerge(model) first, or merge a stack at once: st.merge(model, ['a', 'b'])")
+        raise MergeError(
+            "an adapter is merged already",
+            hint="st.unmerge(model) first, or merge a stack at once: st.merge(model, ['a', 'b']); st.merge(model, keep=False) makes this merge final",
+        )
     links = plan.segments[0][1]
     check_affine(model, state, links)
     if out is not None:
@@ -57,21 +75,45 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
         return
     undo: list[Callable[[], None]] = []
     lost = Lost()
+    sites = merged_sites(model, links)
+    tied = Tied(model, sites)
     try:
-        for module, param, chain in merged_sites(model, links):
-            weight, bias = merged_values(module, param, chain)
-            before = None if weight is None else lost.read(module, param, weight)
-            undo.append(kind_at(module).write(module, param, weight, bias))
-            if weight is not None and before is not None:
-                lost.add(module, param, before, weight)
+        for module, param, chain in sites:
+            exchange = _write(module, param, chain, lost)
+            if keep:
+                undo.append(exchange)
+            else:
+                exchange()  # tried only: nothing has changed until all of them fit
+            del exchange  # or it would hold one layer while the next is made
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    state.merged = undo
-    state.merged_plan = plan
-    state.settle(BARE)
+    if keep:
+        undo += tied.settle()
+        state.merged, state.merged_plan = undo, plan
+        state.settle(BARE)
+    else:
+        merge_for_good(model, sites)
+        strip(model, state, plan.names)
     lost.report()
+
+
+def _write(module: nn.Module, param: str, chain: Chain, lost: Lost) -> Callable[[], None]:
+    """Merge one weight, and return what exchanges the old values and the new."""
+    weight, bias = merged_values(module, param, chain)
+    change = 0.0 if weight is None else lost.change_of(module, param, weight)
+    exchange = kind_at(module).write(module, param, weight, bias)
+    if weight is not None and change:
+        lost.add(module, param, change, weight)
+    return exchange
+
+
+def _same(a: Plan, b: Plan) -> bool:
+    def links(plan: Plan) -> list[list[tuple[str, float | None]]]:
+        return [[(name, None if w is None else float(w)) for name, w in link] for _, found in plan.segments for link in found]
+
+    return links(a) == links(b)
 
 
 MUCH = 0.5  # share of a change that rounding may take before somebody is told
@@ -84,21 +126,20 @@ class Lost:
         self.error = self.change = 0.0
         self.worst = (0.0, "", "")
 
-    def read(self, module: nn.Module, param: str, weight: Tensor) -> Tensor | None:
-        """Return a copy of the weight as it is, None where nothing is rounded."""
-        slot: Slot = module._modules["slim"]  # type: ignore[assignment]
-        found = slot.kind.read(module, param)
+    def change_of(self, module: nn.Module, param: str, weight: Tensor) -> float:
+        """Return |merged - present|^2, 0 where nothing is rounded."""
         own = module._parameters.get(param)
+        found = kind_at(module).read(module, param)
         exact = own is not None and own.dtype == weight.dtype
-        return None if exact or found.is_meta else found.to(weight.dtype, copy=True)
+        return 0.0 if exact or found.is_meta else squared_gap(found, weight)
 
-    def add(self, module: nn.Module, param: str, before: Tensor, weight: Tensor) -> None:
+    def add(self, module: nn.Module, param: str, change: float, weight: Tensor) -> None:
         """Compare what one weight has become with what it should be."""
         slot: Slot = module._modules["slim"]  # type: ignore[assignment]
-        now = slot.kind.read(module, param).to(weight.dtype)
-        error, change = float((now - weight).square().sum()), float((weight - before).square().sum())
+        now = slot.kind.read(module, param)
+        error = squared_gap(now, weight)
         self.error, self.change = self.error + error, self.change + change
-        share = math.sqrt(error / change) if change else 0.0
+        share = math.sqrt(error / change)
         self.worst = max(self.worst, (share, slot.path, str(now.dtype if (p := module._parameters.get(param)) is None else p.dtype)))
 
     def report(self) -> None:
@@ -111,6 +152,14 @@ class Lost:
                 f"(most at {path}: {worst:.0%}). Compare outputs before you rely on it; unmerged, or merged into a float32 base, nothing is lost",
                 stacklevel=3,
             )
+
+
+def squared_gap(a: Tensor, b: Tensor) -> float:
+    """Return |a - b|^2 in the type of b, a few rows at a time: no temporary is as large as they are."""
+    if not a.dim():
+        return float((a.to(b.dtype) - b).square())
+    rows = max(1, a.shape[0] // 16)
+    return sum(float((x.to(y.dtype) - y).square().sum()) for x, y in zip(a.detach().split(rows), b.split(rows), strict=True))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -128,48 +177,6 @@ def unmerge(model: nn.Module) -> None:
     state.merged, state.merged_plan = [], None
     assert plan is not None
     state.settle(plan)
-
-
-def check_affine(model: nn.Module, state: State, links: list[NameLink]) -> None:
-    """Raise unless every op of the links has an exact form on the weights.
-
-    Raises:
-        CapabilityError: naming the method, the first site and the reason.
-    """
-    for name in {n for link in links for n, _ in link}:
-        adapter = state.adapter(name)
-        for (path, _), op in adapter.ops.items():
-            if not affine(op):
-                raise CapabilityError(
-                    f"{name!r} cannot be merged: {type(op).__name__} is no affine map of its input, so no weight equals it",
-                    where=f"{path} (method {op.method})",
-                    hint="keep it unmerged; st.methods() shows which methods merge",
-                )
-
-
-def merged_sites(model: nn.Module, links: list[NameLink]) -> list[tuple[nn.Module, str, Chain]]:
-    """Return (module, param, chain) of every weight that the links change."""
-    found = []
-    for _, module in model.named_modules():
-        slot = module._modules.get("slim")
-        if isinstance(slot, Slot):
-            for param in slot.kind.names(module):
-                chain = slot.chain(links, param)
-                if chain:
-                    found.append((module, param, chain))
-    return found
-
-
-def merged_values(module: nn.Module, param: str, chain: Chain) -> tuple[Tensor | None, Tensor | None]:
-    """Return the merged (weight, bias) of one site in canonical shape, None where a value does not change."""
-    slot: Slot = module._modules["slim"]  # type: ignore[assignment]
-    ops = [member for link in chain for op, _ in link for member in members(op)]
-    with torch.no_grad():
-        W = slot.kind.read(module, param)
-        work = W.dtype if W.dtype == torch.float64 else torch.float32
-        old = slot.kind.bias(module, param)
-        weight, bias = effective(W.to(work), None if old is None else old.to(work), chain, module)
-    return (weight if any(hasattr(op, "weight") for op in ops) else None), (bias if any(hasattr(op, "bias") for op in ops) else None)
 
 
 def lifted(model: nn.Module) -> Callable[[], None]:

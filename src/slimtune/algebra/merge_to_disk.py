@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.algebra.merge import merged_sites, merged_values
+from slimtune.algebra.merged_values import merged_sites, merged_values
+from slimtune.algebra.ties import in_common
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import MergeError
 from slimtune.core.fold import Chain, members
 from slimtune.core.mixing import base_class
@@ -87,12 +89,12 @@ def _sources(model: nn.Module, links: list[NameLink]) -> tuple[dict[str, tuple[t
             merged |= _dense_linear(module, prefix, chains.get(id(module), []))
         elif id(module) in chains:
             merged |= _hollowed(module, prefix, chains[id(module)])
-            same |= {prefix + param: what for param, chain in chains[id(module)] if (what := _in_common(chain)) is not None}
+            same |= {prefix + param: what for param, chain in chains[id(module)] if (what := in_common(chain)) is not None}
     out: dict[str, tuple[torch.dtype, tuple[int, ...], Source]] = {}
     tied: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     broken = _ties_break(model, merged, same)
     dropped = tuple(p for p, m in own.items() if kind_at(m).quantised)
-    for name, t in model.state_dict().items():
+    for name, t in base_state_dict(model).items():
         if not isinstance(t, Tensor) or (name.startswith(dropped) if dropped else False):
             continue
         key = (t.data_ptr(), t.shape, t.stride())
@@ -119,18 +121,12 @@ def _ties_break(model: nn.Module, merged: dict[str, Any], same: dict[str, object
     return any(len(names) > 1 and names & set(merged) and (not names <= set(same) or len({same[n] for n in names}) > 1) for names in at.values())
 
 
-def _in_common(chain: Chain) -> object | None:
-    """Return what a chain does to a weight in a form that is equal for a tied one, or None if it knows none."""
-    ops = [[(getattr(op, "tied", None), None if w is None else float(w)) for op, w in link] for link in chain]
-    return None if any(op is None for link in ops for op, _ in link) else tuple((id(op), w) for link in ops for op, w in link)
-
-
 def _hollowed(module: nn.Module, prefix: str, chains: list[tuple[str, Chain]]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Source]]:
     """Return the sources of one merged module: it is merged on a hollow copy, once for each tensor that changes."""
     touched: set[str] = set()
     for param, chain in chains:
         touched |= _touches(module, param, chain, prefix)
-    plain = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor)}
+    plain = {n: t for n, t in base_state_dict(module).items() if isinstance(t, Tensor)}
 
     def give(name: str) -> Tensor:
         copied = _hollow(module)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.errors import DataError
 from slimtune.core.site import Site
 from slimtune.initialise.spectral import balanced
 from slimtune.initialise.study import Found, bar, directions, look, study
@@ -57,6 +58,8 @@ def _corda(model: nn.Module, sites: list[Site], data: Iterable[Any], spec: Any) 
     pairs = list(zip(sites, covariances(model, sites, data, spec), strict=True))
     with torch.no_grad():
         for site, (total, n) in bar(pairs, f"init {spec.init}", "module"):
+            if not total.diagonal().any() or not total.isfinite().all():
+                raise DataError("what these batches bring here is zero or not finite", where=str(site), hint="give other batches, or exclude= it")
             if same is None or same[0] is not total:
                 same = (total, *damped(total / n))
             U, S, V = torch.linalg.svd(site.read().double() @ same[1], full_matrices=False)

@@ -45,9 +45,12 @@ def start_matrices(
 
 
 def balanced(U: Tensor, S: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (A, B) with scale * B A = U diag(S) V, the singular values shared evenly."""
+    """Return (A, B) with scale * B A = U diag(S) V, the singular values shared evenly.
+
+    Directions without weight keep a unit row in A: with zeros in A and B no gradient would ever reach them.
+    """
     root = (S / scale).sqrt()
-    return root[:, None] * V, U * root
+    return torch.where(root > 0, root, 1)[:, None] * V, U * root
 
 
 @initialiser("pissa", check=fits_rank)

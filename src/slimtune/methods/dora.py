@@ -3,6 +3,8 @@
 Paper: arXiv 2402.09353; the norm gets no gradient (section 4.3). m starts as |W|, so the output starts unchanged.
 Cost: b more parameters per site. For a low-rank dW the norm is taken in Gram form,
 |W_i + s B_i A|^2 = |W_i|^2 + 2 s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T, without any [b, a] temporary: 2 b a r FLOPs, |W_i|^2 cached.
+A row of zeros has no direction: where |W + dW| = 0 the gain m / |W + dW| counts as 0, in forward, gradient and merged weight alike, so that a
+row of zeros in the base stays one.
 Cannot: be part of a weighted sum (it rescales the weight it finds); stacks are fine.
 Choose it when LoRA at a small rank falls short of full fine-tuning and a somewhat slower step is acceptable.
 """
@@ -48,15 +50,21 @@ class DoRAOp(Op):
         self._alone: bool | None = None
         self._watched: Tensor | None = None
         self._squares: tuple[Tensor, int, Tensor] | None = None  # (the base's parameter, its version, |W_i|^2)
+        self._dead = False  # whether one of these is 0
 
     def weight(self, W: Tensor) -> Tensor:
         V = self.inner.weight(W)
-        return V * self.kind.over_outputs(self.m.to(V.device, V.dtype) / row_norms(V, self.kind.out_axis), V)
+        return V * self.kind.over_outputs(gain_of(self.m.to(V.device, V.dtype), row_norms(V, self.kind.out_axis)), V)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return self.inner.bias(b) if hasattr(self.inner, "bias") else b  # type: ignore[operator]  # the magnitude is the weight's alone
 
     def turn(self, x: Tensor, y: Tensor, host: nn.Module, before: Chain) -> Tensor:
         b = effective_bias(self.kind.bias(host, self.param), of_param(before, self.param))  # as it stands in y
-        z = self.inner.add(x, y if b is None else y - self.kind.along_output(b.to(y.dtype), y), host, None)
-        return self.magnify(z, b, host, before)
+        new = self.bias(b)
+        gone = new if new is not None and new is not b else b  # what the inner op makes of y holds its own bias
+        z = self.inner.add(x, y if gone is None else y - self.kind.along_output(gone.to(y.dtype), y), host, None)
+        return self.magnify(z, new, host, before)
 
     def magnify(self, z: Tensor, b: Tensor | None, host: nn.Module, before: Chain) -> Tensor:
         """Return m / |W + dW| times z, plus b [b] or None; z [..., b] is what W + dW made without a bias."""
@@ -65,8 +73,8 @@ class DoRAOp(Op):
             with torch.no_grad():
                 norm = self.norm(host, before)
             self._held = norm if self._holding else None
-        gain = self.m / norm
-        if fusing(z) and self._may_write(z, host):
+        gain = gain_of(self.m, norm)
+        if fusing(z) and self._may_write(z, host) and not (b is not None and b.requires_grad) and not self._dead_rows(host):
             y = scale_outputs(z, gain, None if b is None else b.detach())
             return y if not torch.is_grad_enabled() or self._left_alone() else self._watch(y.clone())
         z = z * self.kind.along_output(gain.to(z.dtype), z)
@@ -113,16 +121,28 @@ class DoRAOp(Op):
         A, B, s, _ = pair
         if torch.compiler.is_compiling():
             return self._gram(W, A, B, s, W.to(self.m.dtype).square().sum(1))
+        return self._gram(W, A, B, s, self._base_squares(host, W))
+
+    def _base_squares(self, host: nn.Module, W: Tensor | None = None) -> Tensor:
+        """Return |W_i|^2 of the base's own rows, worked out anew when they have changed."""
         source = host._parameters[self.param]  # kept itself, not its id: a new parameter must never pass for the old one
         assert source is not None
         if self._squares is None or self._squares[0] is not source or self._squares[1] != source._version:
-            self._squares = (source, source._version, W.to(self.m.dtype).square().sum(1))
-        return self._gram(W, A, B, s, self._squares[2])
+            W = self.kind.read(host, self.param) if W is None else W
+            squares = W.detach().to(self.m.dtype).square().sum(1)
+            self._squares = (source, source._version, squares)
+            self._dead = bool((squares == 0).any())
+        return self._squares[2]
+
+    def _dead_rows(self, host: nn.Module) -> bool:
+        """Tell whether rows of the base are zero: their gain is, too, and what was before it cannot be had back from the result."""
+        self._base_squares(host)
+        return self._dead
 
     def _gram(self, W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor) -> Tensor:
         WA = (W @ A.to(W.dtype).T).to(A.dtype)  # [b, a] @ [a, r] -> [b, r]
         rest = (torch.addmm(WA, B, A @ A.T, beta=2 * s, alpha=s * s) * B).sum(1)  # 2 s B (W A^T) + s^2 B (A A^T) B^T, row by row
-        return (squares + rest).clamp_min_(1e-30).sqrt_()
+        return (squares + rest).clamp_min_(0.0).sqrt_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_squares": None, "_watched": None}
@@ -136,7 +156,13 @@ class DoRAOp(Op):
 
 def row_norms(W: Tensor, axis: int) -> Tensor:
     """Return the norm of W over every dimension but `axis`."""
-    return W.square().sum([d for d in range(W.dim()) if d != axis]).sqrt()
+    return torch.linalg.vector_norm(W, dim=[d for d in range(W.dim()) if d != axis])
+
+
+def gain_of(m: Tensor, norm: Tensor) -> Tensor:
+    """Return m / norm, 0 where the norm is 0."""
+    there = norm > 0
+    return torch.where(there, m / torch.where(there, norm, 1.0), 0.0)
 
 
 @register("dora")

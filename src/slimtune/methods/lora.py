@@ -118,7 +118,14 @@ class LoRAOp(Additive):
 
     def delta(self) -> Tensor:
         A, B = self.factors()
-        return self.scale * self.kind.compose(A, B, self.shape)
+        dense = self.kind.compose(A, B, self.shape)
+        return self.scale * dense if torch.is_grad_enabled() else dense.mul_(self.scale)
+
+    def weight(self, W: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not W.is_contiguous():
+            return super().weight(W)
+        delta = self.delta().to(device=W.device, dtype=W.dtype)  # a fresh tensor: merging takes the memory of one layer more, not of two
+        return delta.add_(W) if delta.is_contiguous() else W + delta
 
     def pair(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()

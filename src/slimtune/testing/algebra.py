@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.algebra.change import site_at
-from slimtune.algebra.merge import merged_sites, merged_values
+from slimtune.algebra.merged_values import merged_sites, merged_values
 from slimtune.core.errors import CapabilityError
 from slimtune.core.plan import Plan, Which
 from slimtune.core.site import Site
