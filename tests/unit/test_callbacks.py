@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import slimtune as st
-from slimtune.train.callbacks import AdapterCallback, MetricsCallback, MetricsFile, ProgressCallback, quantised_base
+from slimtune.train.callbacks import AdapterCallback, MetricsCallback, MetricsFile, ProgressCallback
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.report import read_metrics
 
@@ -109,11 +109,14 @@ def test_plain_trainer_saves_adapters(tmp_path: Path) -> None:
 
 
 def test_plain_trainer_over_a_quantised_base(tmp_path: Path) -> None:
+    """Its checkpoints hold the adapter, and without one it refuses as ever."""
     from transformers import BitsAndBytesConfig
 
     tiny().save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map={"": "cpu"})
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path / "none"), use_cpu=True), train_dataset=DATA)
     st.attach(model, st.LoRA(r=2), name="mine")
     args = TrainingArguments(
         output_dir=str(tmp_path / "out"),
@@ -124,16 +127,17 @@ def test_plain_trainer_over_a_quantised_base(tmp_path: Path) -> None:
         learning_rate=1e-2,
         use_cpu=True,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=3,
     )
-    with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(model=model, args=args, train_dataset=DATA)
-    with quantised_base(model):
-        trainer = Trainer(model=model, args=args, train_dataset=DATA)
+    trainer = Trainer(model=model, args=args, train_dataset=DATA)
     assert "_hf_peft_config_loaded" not in model.__dict__
     before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)
+    inputs = torch.tensor([[1, 2, 3]])
+    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map={"": "cpu"})
+    st.load(fresh, tmp_path / "out" / "checkpoint-3", name="mine")
+    torch.testing.assert_close(fresh(input_ids=inputs).logits, model.eval()(input_ids=inputs).logits)
 
 
 def test_order_of_rows_does_not_depend_on_how_a_step_is_split() -> None:

@@ -112,7 +112,7 @@ class Ops(nn.Module):
         adapter = self._adapter()
         return adapter is not None and any(acts(part) for part in adapter.spec.parts()) and next(iter(adapter.ops))[0] == self.path
 
-    def _trained(self) -> dict[str, Trained]:
+    def _trained(self) -> dict[str, Any]:
         return {key: op for key, op in self._modules.items() if isinstance(op, Trained)}
 
     def _keeps_more(self) -> bool:
@@ -123,7 +123,7 @@ class Ops(nn.Module):
         facts: dict[str, Any] = {}
         for key, op in self._trained().items():
             tensors, facts[key] = op.training_state()
-            own = op.state_dict()  # type: ignore[attr-defined]
+            own = op.state_dict()
             memory |= {f"{key}.{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items() if name not in own}
         about: dict[str, Any] = {"facts": facts}
         if self._counts() and (adapter := self._adapter()) is not None:

@@ -45,7 +45,8 @@ class Adapter:
         self.name, self.spec, self.trainable = name, spec, trainable
         self.ops: dict[tuple[str, str], Op] = {}
         self.meta: dict[str, Any] = {}
-        self.live: bool | None = None  # whether its parameters require gradients now; None: nobody has said yet
+        self.live = True  # whether its parameters require gradients now
+        self.placed = False  # whether it has been put into a model, so that what requires no gradient has been frozen by the user
         self.frozen: set[tuple[str, str, str]] = set()  # (module path, key, parameter) that the user froze by hand while it was live
         self.steps = 0
         self.total_steps: int | None = None
@@ -63,9 +64,9 @@ class Adapter:
         if live == self.live:
             return
         named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
-        if self.live:
+        if self.live and self.placed:
             self.frozen = {at for at, p in named.items() if not p.requires_grad}
-        self.live = live
+        self.live, self.placed = live, True
         for at, p in named.items():
             p.requires_grad_(live and at not in self.frozen)
 
@@ -75,7 +76,7 @@ class Adapter:
         if self.live:
             self.frozen = {at for at, p in named.items() if not p.requires_grad}
         if self.frozen >= set(named):
-            self.frozen, self.live = set(), None
+            self.frozen, self.live = set(), False
 
 
 class State:
@@ -196,7 +197,14 @@ class State:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, torch.compile and the like."""
+    """Return the model inside DistributedDataParallel, torch.compile and the like.
+
+    Raises:
+        SiteError: this is no model.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "pass the model itself: st.attach and st.load change it in place, and return a report"
+        raise SiteError(f"this is no model but a {type(model).__name__}", hint=hint)
     while True:
         inner = model._modules.get("_orig_mod") or (model._modules.get("module") if _is_wrapper(model) else None)
         if inner is None:

@@ -56,7 +56,7 @@ def teach(trainer_class: Any) -> None:
     @functools.wraps(train)
     def train_(self: Any, *args: Any, **kwargs: Any) -> Any:
         adopt(self)
-        if isinstance(self, KeepsAdapters) and self.args.save_strategy != "no":
+        if getattr(self, "keeps_adapters", False) and self.args.save_strategy != "no":
             check_saving(self)
         with training_with(self):
             return train(self, *args, **kwargs)
@@ -91,7 +91,7 @@ def adopt(trainer: Any) -> bool:
             where=f"{cls.__module__}.{cls.__qualname__}",
             hint=BY_HAND,
         )
-    trainer.__class__ = _kept(cls)
+    trainer.__class__ = _kept(cls)  # type: ignore[arg-type]
     return True
 
 
@@ -103,7 +103,7 @@ def _takes(method: Any, names: tuple[str, ...]) -> bool:
 
 
 @functools.cache
-def _kept(cls: type) -> type:
+def _kept(cls: Any) -> Any:
     return type(cls.__name__, (KeepsAdapters, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
 
 
