@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,10 +98,9 @@ def test_a_disk_without_room_is_a_sentence(limit: int, world: Path) -> None:
 def test_no_space_is_known_from_every_librarys_words(tmp_path: Path) -> None:
     assert reason(OSError(errno.ENOSPC, "No space left on device"), tmp_path) == "no space left"
     assert reason(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path) == "no space left"
-    try:
+    with pytest.raises(Exception) as caught:
         torch.save(torch.zeros(10_000), Full())
-    except Exception as error:
-        assert reason(error, tmp_path) is not None
+    assert reason(caught.value, tmp_path) is not None
     assert reason(ValueError("something else"), tmp_path) is None
 
 
@@ -113,7 +113,8 @@ class Full(io.RawIOBase):
 
 
 # ---- hostile text -----------------------------------------------------------------------------------------------------
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+LEVELS = zip("abcdefgh", "bcdefghi", strict=True)
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in LEVELS)
 HOSTILE = {
     "nested": "targets: " + "[" * 20_000 + "]" * 20_000 + "\n",
     "nested, but well-formed YAML in few words": "targets: " + "[" * 40 + "]" * 40 + "\n",
@@ -128,7 +129,10 @@ def test_a_hostile_recipe_is_refused_at_once(text: str, world: Path, capsys: pyt
     recipe.write_text(recipe.read_text() + text)
     assert main(["check", str(recipe)]) == 2
     says(capsys)
-    assert main(["train", str(recipe_in(world, "hostile2")), text.split(": ", 1)[1] if False else "targets=" + "[" * 60 + "]" * 60]) == 2
+
+
+def test_a_hostile_override_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe_in(world, "hostile2")), "targets=" + "[" * 60 + "]" * 60]) == 2
     says(capsys, "deep")
 
 
@@ -151,15 +155,13 @@ def test_escape_codes_do_not_reach_the_terminal(world: Path, capsys: pytest.Capt
 # ---- damaged checkpoints ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_damaged_checkpoint_file_is_named_and_never_opened_unsafely(file: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = recipe_in(world, f"damaged-{file}", max_steps=4)
-    assert main(["train", str(recipe), "max_steps=2"]) == 0
+    recipe = recipe_in(world, f"damaged-{file}", max_steps=3)
+    assert main(["train", str(recipe)]) == 0
     out = recipe.parent / "out"
-    for left in ("results.json", "summary.json"):  # as if it had been stopped
+    shutil.rmtree(out / "checkpoints" / "step-000003")  # as if it had been killed
+    for left in ("results.json", "summary.json"):
         (out / left).unlink()
-    saved = out / "recipe.yaml"
-    saved.write_text(saved.read_text().replace("max_steps: 2", "max_steps: 4"))
-    for checkpoint in (out / "checkpoints").iterdir():
-        (checkpoint / file).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    (out / "checkpoints" / "step-000002" / file).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     assert main(["train", str(recipe), "--resume"]) == 2
     error = says(capsys, "damaged", "step-", "resume from the one before")
     assert "weights_only" not in error
