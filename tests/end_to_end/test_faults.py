@@ -106,7 +106,6 @@ def look_plainly(folder: Path) -> None:
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {config["r"]}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("way", "kills"), [("config and weights", 100), ("weights", 50), ("shared folder", 50)])
 def test_no_kill_loses_an_adapter(way: str, kills: int, tmp_path: Path) -> None:
     folder = tmp_path / "home" / "adapter"
@@ -182,7 +181,7 @@ def test_a_disk_that_fails_at_any_step_leaves_the_old_adapter(call: str, tmp_pat
 
 
 def test_a_limit_on_file_size_leaves_the_old_adapter(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+    import resource
     model, old = saved(tmp_path / "a")
     fill(model, 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

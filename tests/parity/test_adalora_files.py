@@ -7,16 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.core.errors import FormatError, MismatchError
 from slimtune.core.state import state_of
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore")
 
 IDS = torch.arange(24).reshape(4, 6) % 13

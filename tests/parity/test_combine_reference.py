@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 import slimtune as st
 
-peft = pytest.importorskip("peft")
 warnings.filterwarnings("ignore")
 
 PATHS = ("emb", "q", "k")

@@ -8,15 +8,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.core.errors import FormatError, MismatchError
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore")
 
 P = 3

@@ -108,8 +108,9 @@ def test_a_trainer_brings_the_budget_to_its_end(trl: bool, tmp_path: Any) -> Non
         "report_to": "none", "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2, "disable_tqdm": True, "logging_strategy": "no",
     }  # fmt: skip
     if trl:
-        trl_lib, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        import datasets
         import tokens
+        import trl as trl_lib
         from transformers import DataCollatorForSeq2Seq
 
         config = trl_lib.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False)

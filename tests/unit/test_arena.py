@@ -95,6 +95,5 @@ def test_everybody_gets_the_same_search() -> None:
 
 def test_every_twin_in_the_reference_library_can_be_made() -> None:
     """A mistake of ours in its settings would stand in the table as the reference's refusal."""
-    pytest.importorskip("peft")
     for name, make in REFERENCE.items():
         assert make(spec_of(name, TASKS[0], 200), 200, zoo.bert()).peft_type, name

@@ -247,7 +247,6 @@ def test_transformers_trainer(tmp_path: Path, checkpointing: bool) -> None:
 
 
 def test_trl_sft_trainer(tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="trl is a development extra")
     from datasets import Dataset
     from small import tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM

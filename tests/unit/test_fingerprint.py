@@ -68,7 +68,7 @@ def test_training_shows_across_dtypes_from_a_thousandth_on() -> None:
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_blind_to_quantisation(how: str) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
 
     def quantised(model: nn.Module) -> nn.Module:
         for path, module in list(model.named_modules()):

@@ -171,7 +171,7 @@ def test_bf16_base(init: str) -> None:
 # ---- the reference library -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("ours", "theirs"), [("pissa", "pissa"), ("olora", "olora")])
 def test_reference_parity(ours: str, theirs: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     model, _ = build("linear")
     other, _ = build("linear")
     other.load_state_dict(model.state_dict())
@@ -193,7 +193,7 @@ def test_reference_parity(ours: str, theirs: str) -> None:
 
 # ---- LoftQ -----------------------------------------------------------------------------------------------------------
 def quantised(folder: Path, prefix: str = "") -> tuple[nn.Module, nn.Linear]:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
     torch.manual_seed(0)
     plain = nn.Linear(64, 64, bias=False)
     save_file({f"{prefix}0.weight": plain.weight.data.clone()}, folder / "model.safetensors")

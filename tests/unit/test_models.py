@@ -230,7 +230,6 @@ def test_dtype_auto_is_bfloat16_only_where_it_is_fast(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_load(tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("bitsandbytes")
     model, _ = load_model(resolve_model(str(llama(tmp_path / "m"))), task="causal_lm", dtype="float32", quantize=kind)
     assert "bitsandbytes" in type(model.model.layers[0].mlp.up_proj).__module__
 

@@ -175,7 +175,7 @@ def test_encoder_fast_path(targets: Any, padded: bool) -> None:
 # ---- the reference library -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", ["packed", "sequence_first", "no_bias"])
 def test_reference_parity(case: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     ours, batch = build(case)
     theirs = copy.deepcopy(ours)
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["attn"], init_lora_weights=False)).eval()

@@ -109,7 +109,7 @@ def test_weight_norm_runs_and_refuses_to_merge() -> None:
 # ---- the reference library -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", ["conv1d", "conv2d", "conv3d", "1x1", "grouped_plain", "depthwise_plain"])
 def test_reference_parity(case: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     torch.manual_seed(0)
     plain = {"grouped_plain": (nn.Conv2d(4, 8, 3, groups=2, stride=2, padding=1), (2, 4, 7, 7)), "depthwise_plain": CASES["depthwise"]}
     conv, shape = (plain | CASES)[case]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from ports_props import check_all, check_bf16, check_gradients, put_factors, randomise
 from torch import nn
 
 import slimtune as st
 
-transformers = pytest.importorskip("transformers")
 LORA = st.LoRA(r=3, targets="experts")
 SMALL: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0,
@@ -233,7 +233,7 @@ def test_dropout_trains() -> None:
 
 @pytest.mark.parametrize("build", [mixtral, gpt_oss])
 def test_reference_parity(build: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     ours, theirs = build(), build()
     names = ["experts.gate_up_proj", "experts.down_proj"]
     with warnings.catch_warnings():

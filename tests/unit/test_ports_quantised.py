@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from ports_props import randomise
@@ -16,7 +17,6 @@ import slimtune as st
 from slimtune.core.report import true_numel
 from slimtune.core.targets import kind_of
 
-bnb = pytest.importorskip("bitsandbytes")
 KINDS = ["nf4", "fp4", "nf4_double", "int8"]
 
 

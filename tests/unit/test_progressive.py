@@ -201,7 +201,7 @@ def test_files_keep_the_rank(tmp_path: Any) -> None:
 
 
 def test_a_trainer_grows_when_its_loss_stalls(tmp_path: Any) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
 
     class Net(nn.Module):
         def __init__(self) -> None:
