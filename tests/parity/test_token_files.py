@@ -68,7 +68,7 @@ OURS = {
     "special tokens": (llama, st.TrainableTokens(), "TRAINABLE_TOKENS"),
     "tied": (tied, st.TrainableTokens(tokens=(3, 9)), "TRAINABLE_TOKENS"),
     "T5": (t5, st.TrainableTokens(tokens=(3, 9)), "TRAINABLE_TOKENS"),
-    "BERT": (bert, st.TrainableTokens(tokens=(3, 9)), "TRAINABLE_TOKENS"),
+    "BERT": (bert, st.TrainableTokens(tokens=(3, 9), train_modules=()), "TRAINABLE_TOKENS"),
     "head apart": (llama, st.TrainableTokens(tokens=(3, 9), head="train"), "TRAINABLE_TOKENS"),
     "LoRA": (tied, st.Union(of=(st.LoRA(r=4), st.TrainableTokens(tokens=(3, 9)))), "LORA"),
     "LoRA, head apart": (llama, st.Union(of=(st.LoRA(r=4), st.TrainableTokens(tokens=(3, 9), head="train"))), "LORA"),

@@ -25,7 +25,7 @@ def prompted(name: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(1)
     model = rescale(getattr(zoo, name)()).to(dtype).eval()
     for adapter, p in (("a", 3), ("b", 5)):
-        st.attach(model, st.PromptTuning(tokens=p), name=adapter)
+        st.attach(model, st.PromptTuning(tokens=p, train_modules=()), name=adapter)
         fill(model, adapter, 0.5)
     return model
 

@@ -244,7 +244,7 @@ def test_which_place_a_head_reads(name: str) -> None:
     for keep in (False, True):
         torch.manual_seed(1)
         model: Any = rescale(getattr(zoo, name)()).double().eval()
-        st.attach(model, st.PromptTuning(tokens=3, keep=keep))
+        st.attach(model, st.PromptTuning(tokens=3, keep=keep, train_modules=()))
         fill(model, "default")
         prompt = op_of(model).prompt.detach()
         with torch.no_grad():

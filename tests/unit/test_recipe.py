@@ -58,7 +58,7 @@ def test_options_of_the_method_become_its_spec(folder: Path) -> None:
 def test_a_classifier_trains_its_head_unless_told_otherwise(folder: Path) -> None:
     spec = build_spec(load_recipe(write(folder)), "classification")
     assert spec is not None
-    assert spec.train_modules == "head"
+    assert spec.train_modules == "auto"  # decided where it is attached: see test_task_head
     other = build_spec(load_recipe(write(folder, "train_modules: score\n")), "classification")
     assert other is not None
     assert other.train_modules == "score"
@@ -80,7 +80,7 @@ def test_a_recipe_may_name_a_union(folder: Path) -> None:
     assert build_spec(again, "causal_lm") == spec
     head = build_spec(recipe, "classification")
     assert head is not None
-    assert [part.method for part in head.parts()] == ["lora", "gated", "bottleneck", "dense"]
+    assert [part.method for part in head.with_heads(("score",)).parts()] == ["lora", "dense", "gated", "bottleneck"]
     mam = build_spec(load_recipe(write(folder, "method: mam\n")), "causal_lm")
     assert mam is not None
     assert [part.method for part in mam.parts()] == ["prefix_tuning", "parallel"]

@@ -251,7 +251,7 @@ def test_members_keep_their_places_and_options() -> None:
     from slimtune.testing import zoo
 
     model = zoo.bert()
-    spec = st.Union(of=(st.LoRA(r=4, targets=("query", "value")), st.LoRA(r=2, targets="query"), st.Parallel(layers="last:1")), layers="last:1")
+    spec = st.Union(of=(st.LoRA(r=4, targets=("query", "value")), st.LoRA(r=2, targets="query"), st.Parallel(layers="last:1")), layers="last:1", train_modules=())
     report = st.attach(model, spec)
     found = [(row.path.removeprefix("bert.encoder.layer."), row.trainable) for row in report.rows]
     assert found == [
@@ -352,7 +352,7 @@ def test_a_gate_sees_only_its_own_token() -> None:
         (st.Gated(of=st.LoRA(r=0)), "r must be at least 1"),
         (st.Union(of=()), "is empty"),
         (st.Union(of=(st.LoRA(r=0), st.Bottleneck(reduction=-1))), r"of\[0\] \(LoRA\).*of\[1\] \(Bottleneck\)"),
-        (st.Union(of=(st.LoRA(), "ia3")), "must be tuple"),  # type: ignore[arg-type]
+        (st.Union(of=(st.LoRA(), 3)), "must be tuple"),  # type: ignore[arg-type]
         (st.Union(of=(st.LoRA(r=2), st.Compacter(n=4))), "n=4 does not divide"),
     ],
 )

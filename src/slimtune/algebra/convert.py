@@ -17,7 +17,7 @@ from slimtune.algebra.build import Builder, Outcome, label
 from slimtune.algebra.change import change_of, check_affine, ops_at, places, site_at
 from slimtune.algebra.shorten import check_rule, rank_unit, shorten
 from slimtune.core.errors import CapabilityError, SpecError
-from slimtune.core.spec import Spec
+from slimtune.core.spec import AUTO, Spec
 from slimtune.core.state import state_of, unwrap
 from slimtune.methods.dense import Dense
 from slimtune.methods.lora import LoRA
@@ -111,7 +111,7 @@ def check_to(spec: Spec, energy: float | None) -> None:
         raise SpecError(f"a change of weights converts to a LoRA or to a dense delta, not to {what}", hint="to=st.LoRA(r=8)")
     spec.validate()
     check_rule(None, energy)
-    wrong = [f"{f}={getattr(spec, f)!r}" for f in ("layers", "exclude", "train_modules") if getattr(spec, f)]
+    wrong = [f"{f}={getattr(spec, f)!r}" for f in ("layers", "exclude", "train_modules") if getattr(spec, f) not in (None, (), AUTO)]
     if spec.targets != type(spec).targets:
         wrong.insert(0, f"targets={spec.targets!r}")
     if isinstance(spec, LoRA) and spec.up_bias:

@@ -24,7 +24,7 @@ from slimtune.algebra.shorten import check_rule, rank_unit, shorten
 from slimtune.core.errors import MismatchError, SpecError, closest
 from slimtune.core.placing import kind_at
 from slimtune.core.site import Site
-from slimtune.core.spec import Spec
+from slimtune.core.spec import AUTO, Spec
 from slimtune.core.state import unwrap
 from slimtune.core.targets import candidates
 from slimtune.methods.lora import LoRA
@@ -114,7 +114,7 @@ def _check(spec: Spec, energy: float | None, rest: str, allowed: frozenset[str])
     wrong = [f"rest must be dense or leave, not {rest!r}"] if rest not in ("dense", "leave") else []
     wrong += [f"relax= takes {', '.join(RELAX)}, not {sorted(allowed - set(RELAX))}"] if not allowed <= set(RELAX) else []
     wrong += ["up_bias=True has no meaning here: changed biases are kept"] if spec.up_bias else []
-    wrong += ['train_modules= has no meaning here: rest="dense" keeps what else has changed'] if spec.train_modules else []
+    wrong += ['train_modules= has no meaning here: rest="dense" keeps what else has changed'] if spec.train_modules not in ((), AUTO) else []
     if wrong:
         raise SpecError("; ".join(wrong), where="extract(...)")
 

@@ -19,12 +19,18 @@ def run(name: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from slimtune.core.options import hints_of, written
     from slimtune.core.registry import methods, spec_class
     from slimtune.core.spec import Spec, default_of
     from slimtune.train.method_options import written_as
 
     console = Console(highlight=False)
     if name is None:
+        if console.width < NARROW:
+            for key, cls in methods().items():
+                console.print(f"[bold]{key}[/] ({cls.port}): {escape(first_sentence(cls))}")
+            console.print("\ntheir options: slimtune methods NAME", style="dim")
+            return
         table = Table(box=None, pad_edge=False)
         for heading in ("method", "acts on", "what it is", "options"):
             table.add_column(heading, overflow="fold", no_wrap=heading == "method")
@@ -39,16 +45,17 @@ def run(name: str | None) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("option", "type", "default", "meaning"):
         table.add_column(heading, overflow="fold")
-    meanings = argument_texts(cls)
+    meanings, hints = argument_texts(cls), hints_of(cls)
     for field in dataclasses.fields(cls):
         default = default_of(field)
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) and default and isinstance(default[0], Spec) else default
-        cells = (str(field.type), str(shown) if isinstance(default, Spec) or shown is not default else repr(default), meanings.get(field.name, ""))
+        cells = (written(hints[field.name]), str(shown) if isinstance(default, Spec) or shown is not default else repr(default), meanings.get(field.name, ""))
         table.add_row(f"[bold]{written_as(field.name)}[/]", *map(escape, cells))
     console.print()
     console.print(table)
 
 
+NARROW = 80  # columns below which the table would be one word wide
 _COMMON = ("targets", "layers", "exclude", "train_modules")
 
 

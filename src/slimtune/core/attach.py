@@ -8,33 +8,44 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.core.errors import MergeError, SiteError, SpecError, TargetError
+from slimtune.core.errors import MergeError, PlanError, SiteError, SpecError, TargetError
 from slimtune.core.host import KeepPlan
 from slimtune.core.op import Op
 from slimtune.core.placing import check_free, install, put_to_use, uninstall
 from slimtune.core.plan import Plan, Which
+from slimtune.core.registry import spec_class
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
+from slimtune.core.task_head import settled
 
 
 def attach(
-    model: nn.Module, spec: Spec, *, name: str = "default", dtype: torch.dtype | None = None, data: Iterable[Any] | None = None
+    model: nn.Module,
+    spec: Spec | type[Spec] | str,
+    *,
+    name: str = "default",
+    dtype: torch.dtype | None = None,
+    data: Iterable[Any] | None = None,
+    **options: Any,
 ) -> Report:
     """Add a new adapter to a model: active and trainable, with every other parameter frozen.
 
+    The model itself changes, and goes on being used as before: `st.attach(model, ...)`, then `model(...)`.
+
     Args:
         model: any nn.Module; its class changes to a hidden subclass, its parameters and names do not move.
-        spec: the recipe, such as `LoRA(r=16)`.
+        spec: the recipe, such as `LoRA(r=16)`; a method's class or name, with its options beside it; or a config of the reference library.
         name: the adapter's name on this model.
         dtype: of the adapter's parameters; default: float32 for a half-precision or quantised base, else the base's own.
         data: a few batches as the model takes them (mappings, tuples or tensors), for a recipe that starts from data (`LoRA(init="eva")`).
+        options: of the method, where `spec` is its class or name: `st.attach(model, "lora", r=8)`.
 
     Returns:
         A report of what matched, what did not, and what it costs.
 
     Raises:
-        NameInUse, SpecError, TargetError, SiteError: before anything is changed.
+        InvalidName, NameInUse, SpecError, TargetError, SiteError: before anything is changed.
 
     Example:
         >>> import slimtune as st, torch
@@ -43,9 +54,37 @@ def attach(
         32
     """
     model = unwrap(model)
-    adapter = build(model, spec, name, dtype, data=data)
+    recipe, notes = as_spec(spec, options)
+    adapter = build(model, recipe, name, dtype, data=data)
     put_to_use(model, adapter)
-    return make_report(model, adapter)
+    return make_report(model, adapter, notes)
+
+
+def as_spec(given: Any, options: dict[str, Any]) -> tuple[Spec, list[str]]:
+    """Return the spec that was meant by a spec, its class, a method's name or a config of the reference, and what to note about it.
+
+    Raises:
+        SpecError: none was meant, or options stand beside a spec that has its own.
+    """
+    if isinstance(given, str):
+        given = spec_class(given)
+    if isinstance(given, type) and issubclass(given, Spec):
+        return given(**options), []
+    notes: list[str] = []
+    if not isinstance(given, Spec) and callable(getattr(given, "to_dict", None)) and hasattr(given, "peft_type"):
+        from slimtune.files.layouts.from_config import spec_from_config
+
+        given, notes = spec_from_config(given.to_dict())
+    if not isinstance(given, Spec):
+        raise SpecError(f"attach needs a spec, not {type(given).__name__}", hint="st.attach(model, st.LoRA(r=16))")
+    if options:
+        written = ", ".join(f"{k}={v!r}" for k, v in options.items())
+        raise SpecError(
+            f"attach takes options of the method beside its class or name, not beside a spec: {written}",
+            where=f"st.attach(model, {given}, {written})",
+            hint=f"st.attach(model, st.{type(given).__name__}({next(iter(options))}=...))",
+        )
+    return given, notes
 
 
 def build(
@@ -58,10 +97,10 @@ def build(
         data: see `attach`.
     """
     model = unwrap(model)
-    if not isinstance(spec, Spec):
-        raise SpecError(f"attach needs a spec, not {type(spec).__name__}", hint="st.attach(model, st.LoRA(r=16))")
+    spec, _ = as_spec(spec, {})
     spec.validate()
     check_free(model, name)
+    spec = settled(spec, model)
     placed = [(part, part.sites(model)) for part in spec.parts()]
     for part, sites in placed:
         if not sites and not part.optional:
@@ -148,12 +187,20 @@ class Use:
         self._leave.pop()()
 
 
-def use(model: nn.Module, which: Which = None, *, rows: Sequence[Which] | None = None) -> Use:
+class _Unsaid:
+    def __repr__(self) -> str:
+        return "..."
+
+
+UNSAID: Any = _Unsaid()
+
+
+def use(model: nn.Module, which: Which = UNSAID, *, rows: Sequence[Which] | None = None) -> Use:
     """Say which adapters act: from now on, or, as a context manager, inside the block only.
 
     Args:
         model: a model with adapters.
-        which: a name; a list (a stack: the first acts first); a mapping name -> weight (a weighted sum); None (the bare base).
+        which: what acts: a name; a list (a stack: the first acts first); a mapping name -> weight (a weighted sum); None (the bare base).
         rows: instead of `which`: one such entry for each row of the batch.
 
     A call outside `with` also makes the named adapters trainable (unless loaded with trainable=False) and freezes the others. Inside
@@ -168,8 +215,15 @@ def use(model: nn.Module, which: Which = None, *, rows: Sequence[Which] | None =
         ...     model(**batch_of_three)
     """
     state = state_of(model)
+    if rows is None and which is UNSAID:
+        first = next(iter(state.adapters), "default")
+        raise PlanError(
+            "use needs to know what to use",
+            where=f"attached: {', '.join(state.adapters) or 'none'}",
+            hint=f"st.use(model, {first!r}); st.use(model, None) for the bare base",
+        )
     plan = Plan.of(which) if rows is None else Plan.of_rows(rows)
-    if rows is not None and which is not None:
+    if rows is not None and which is not UNSAID and which is not None:
         raise SpecError("use takes either one plan or rows=, not both", hint='st.use(model, rows=["a", None])')
     state.check(plan)
     if state.merged:

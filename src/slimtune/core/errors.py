@@ -51,7 +51,11 @@ class SiteError(SlimtuneError, TypeError):
 
 
 class NameInUse(SlimtuneError, ValueError):
-    """An adapter of this name exists already, or the name is not allowed."""
+    """An adapter of this name exists already."""
+
+
+class InvalidName(SlimtuneError, ValueError):
+    """No adapter can have this name."""
 
 
 class NoSuchAdapter(SlimtuneError, KeyError):
@@ -102,6 +106,10 @@ class RecipeError(SlimtuneError, ValueError):
 
 def _rebuild_recipe(what: str, where: str, hint: str, problems: list[str]) -> RecipeError:
     return RecipeError(what, where=where, hint=hint, problems=problems)
+
+
+class ReportError(SlimtuneError, AttributeError):
+    """A report was taken for the model it is about, or has nothing of this name."""
 
 
 class DataError(SlimtuneError, ValueError):

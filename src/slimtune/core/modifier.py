@@ -10,14 +10,14 @@ from torch import nn
 
 from slimtune.core.errors import SpecError
 from slimtune.core.site import Site
-from slimtune.core.spec import Spec
+from slimtune.core.spec import AUTO, Spec
 
 PLACE = ("targets", "layers", "exclude", "train_modules")
 
 
 def moved(spec: Spec, by: Spec) -> Spec:
     """Return a spec with the places that another one around it names in their stead."""
-    return replace(spec, **{k: v for k in PLACE if (v := getattr(by, k))})
+    return replace(spec, **{k: v for k in PLACE if (v := getattr(by, k)) and not (k == "train_modules" and v == AUTO)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Modifier(Spec):
 
     Args:
         of: the method that is changed.
-        targets, layers, exclude, train_modules: default: those of `of`.
+        targets, layers, exclude, train_modules: default: those of `of`. What is given here decides what "auto" means there.
     """
 
     port = "inner"
@@ -40,6 +40,10 @@ class Modifier(Spec):
 
     def parts(self) -> tuple[Spec, ...]:
         return (self, *self.inner().parts()[1:])
+
+    def with_heads(self, heads: tuple[str, ...]) -> Spec:
+        own = self.train_modules
+        return replace(self, of=self.of.with_heads(heads if own == AUTO else ()), train_modules=() if own == AUTO else own)
 
     def problems(self) -> list[str]:
         from slimtune.core.stepping import acts

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from slimtune.core.carried import SavesBase
-from slimtune.core.errors import MergeError, NameInUse, SiteError
+from slimtune.core.errors import InvalidName, MergeError, NameInUse, SiteError
 from slimtune.core.host import Slot, host, unhost
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import generalise, specialise
@@ -32,17 +32,22 @@ def check_name(name: str) -> None:
     """Raise unless `name` can name an adapter (it becomes part of module and file names).
 
     Raises:
-        NameInUse: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
+        InvalidName: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
-        raise NameInUse(f"{name!r} cannot name an adapter", hint="letters, digits, _ and -, at most 100 of them, not starting with -")
+        like = re.sub(r"[^A-Za-z0-9_-]+", "-", str(name)).strip("-")[:100] or "default"
+        raise InvalidName(
+            f"{name!r:.200} cannot name an adapter",
+            where="it becomes part of the names of modules and files: letters, digits, _ and -, at most 100 of them",
+            hint=f"name={like!r}",
+        )
 
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise unless an adapter of this name can be put onto the model now.
 
     Raises:
-        NameInUse, MergeError, SiteError: it cannot.
+        InvalidName, NameInUse, MergeError, SiteError: it cannot.
     """
     check_name(name)
     state = model.__dict__.get("slim_state")
@@ -165,6 +170,8 @@ def _unroot(model: nn.Module) -> None:
 
     exact_packing(model, False)
     unroot(model)
+    for module in base_modules(model).values():
+        generalise(module, SavesBase)
     model.__dict__.pop("slim_state", None)
 
 

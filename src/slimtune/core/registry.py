@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from slimtune.core.errors import SpecError, closest
+from slimtune.core.options import hints_of
 from slimtune.core.spec import Spec
 
 S = TypeVar("S", bound=type[Spec])
@@ -18,13 +19,14 @@ def register(name: str) -> Callable[[S], S]:
     """Register a Spec subclass as method `name` (lower case; third parties use the same decorator).
 
     Raises:
-        SpecError: the name is taken by another class.
+        SpecError: the name is taken by another class, or the type of an option cannot be checked (see `core.options`).
     """
 
     def wrap(cls: S) -> S:
         known = _SPECS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}", hint="choose another name")
+        hints_of(cls)
         cls.method = name
         _SPECS[name] = cls
         return cls

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from slimtune.core import task_head
+from slimtune.core.errors import ReportError, closest
 from slimtune.core.state import Adapter
+
+# What people ask of models that nn.Module does not have.
+_OF_MODELS = {
+    "generate", "config", "generation_config", "device", "dtype", "save_pretrained", "push_to_hub", "print_trainable_parameters",
+    "merge_and_unload", "set_adapter", "disable_adapter", "get_base_model", "base_model", "gradient_checkpointing_enable",
+    "enable_input_require_grads", "tie_weights", "resize_token_embeddings", "hf_device_map", "training",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,29 @@ class Report:
             out.setdefault(key if row.param == "weight" else f"{key}.{row.param}", []).append(row)
         return out
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._no_model("called like")
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what a report is, where it is taken for its model (`model = st.attach(model, ...)`).
+
+        Raises:
+            ReportError: always.
+        """
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = [f.name for f in fields(self)]
+        if hasattr(nn.Module, name) or name in _OF_MODELS:
+            raise self._no_model(f"asked for .{name} of")
+        raise ReportError(f"a report has no {name!r}", where="Report", hint=f"closest: {closest(name, known)}")
+
+    def _no_model(self, done: str) -> ReportError:
+        return ReportError(
+            f"this is a report, {done} a model: attach and load change the model that they are given, and return what they did",
+            where=f"the report of adapter {self.__dict__.get('name')!r}",
+            hint="st.attach(model, ...) without `model =` in front of it, then model(...) as before",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as a JSON-ready dict."""
         return {
@@ -116,6 +148,10 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
     base = {id(p): (p, module) for module in modules.values() for p in module._parameters.values() if p is not None}
     weights = any(op.port == "weight" for op in adapter.ops.values())
     advice = ['3-D expert weights are not adapted: add "experts" to targets'] if experts and weights else []
+    still = [path for (path, _), op in adapter.ops.items() if isinstance(s := getattr(op, "scale", None), (int, float)) and s == 0]
+    if still:
+        advice.append(f"the scale of {len(still)} ops is 0 (alpha=0), so they change nothing and learn nothing: {', '.join(still[:3])}")
+    advice += task_head.said(model, adapter)
     return Report(
         name=adapter.name,
         method=adapter.spec.method,

@@ -1,32 +1,82 @@
 """Spec: the recipe of an adapter: hyper-parameters, where it goes, and how one site's op is built.
 
-Specs are frozen, keyword-only dataclasses with defaults for everything and no logic in the constructor; `check` reports all
-problems at once. `to_dict` and `Spec.from_dict` are a JSON round trip.
+Specs are frozen, keyword-only dataclasses with defaults for everything. Their class reads what is written (see `core.options`): a list where a
+tuple is meant, block numbers for `layers`; what cannot be read stays as it is, and `validate` reports all problems at once. `to_dict` and
+`Spec.from_dict` are a JSON round trip.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import inspect
+import re
+from abc import ABCMeta
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
 from slimtune.core.errors import SpecError, closest
 from slimtune.core.op import Op
+from slimtune.core.options import Reads, blocks, hints_of, none_as_empty, problem, read, written
+from slimtune.core.reference_names import ELSEWHERE, known_as
 from slimtune.core.site import Site
+
+AUTO = "auto"
+
+
+class SpecType(ABCMeta):
+    """The class of spec classes: what is written in a call becomes options, before any constructor runs."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        """Return a spec.
+
+        Raises:
+            SpecError: an option has no name, or one that this method does not know.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if args and all(f.kw_only for f in fields.values()):
+            first = next(iter(inspect.signature(cls).parameters), "targets")
+            raise SpecError(f"options are given by name, not {args[0]!r:.80}", where=f"{cls.__name__}(...)", hint=f"{cls.__name__}({first}=...)")
+        if unknown := [name for name in options if name not in fields]:
+            raise unknown_options(cls, unknown, options)
+        hints = hints_of(cls)
+        return super().__call__(*args, **{name: read(value, hints[name]) for name, value in options.items()})
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What `help` and editors show: the options, not the call above."""
+        if "__init__" not in vars(cls) and cls.__bases__ and isinstance(cls.__bases__[0], SpecType):
+            return inspect.signature(cls.__bases__[0])
+        hints, own = hints_of(cls), list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+        return inspect.Signature([p.replace(annotation=written(hints[p.name], taken=True)) if p.name in hints else p for p in own])
+
+
+def unknown_options(cls: type, unknown: Iterable[str], given: dict[str, Any]) -> SpecError:
+    """Return the error for names that are no options of a spec class: what they are called here, or the closest."""
+    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    hints = []
+    for name in unknown:
+        own, near = known_as(name, fields), closest(name, fields)
+        shown = repr(given[name]) if len(repr(given[name])) < 60 else "..."
+        hints.append(f"{own}={shown} for {name}=" if own else f"{name}: {ELSEWHERE[name]}" if name in ELSEWHERE else f"closest to {name}: {near}")
+    names = ", ".join(map(repr, unknown))
+    return SpecError(f"{cls.__name__} has no option {names}", where=f"{cls.__name__}(...)", hint="; ".join(hints))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(metaclass=SpecType):
     """Base of every method's recipe.
 
     Args:
         targets: role names, "all-linear", module-name suffixes, globs or a regex on full paths (see `core.targets`).
-        layers: "last:4", "first:2" or "0,2-5": only these blocks of each stack of layers.
+        layers: "last:4", "first:2", "0,2-5", or block numbers ([0, 2], range(4)): only these blocks of each stack of layers.
         exclude: patterns, like `targets`, of modules to leave alone.
-        train_modules: patterns of modules trained in full beside the op (a new head), kept as a delta to the base.
+        train_modules: patterns of modules trained in full beside the op, kept as a delta to the base. "auto": the head of a model that
+            classifies (see `core.task_head`), and nothing on any other; () or None: nothing at all.
     """
 
     method: ClassVar[str] = ""
@@ -34,9 +84,17 @@ class Spec:
     optional: ClassVar[bool] = False  # as a part of another recipe: whether it may find no place for itself
 
     targets: str | tuple[str, ...] = "all-linear"
-    layers: str | None = None
-    exclude: str | tuple[str, ...] = ()
-    train_modules: str | tuple[str, ...] = ()
+    layers: Annotated[str | None, Reads(blocks, "str | int | Iterable[int] | None")] = None
+    exclude: Annotated[str | tuple[str, ...], Reads(none_as_empty, "str | Iterable[str] | None")] = ()
+    train_modules: Annotated[str | tuple[str, ...], Reads(none_as_empty, "str | Iterable[str] | None")] = AUTO
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__hash__" not in vars(cls):
+            cls.__hash__ = Spec.__hash__  # type: ignore[method-assign]  # the one that `dataclass` would make fails for options that are mappings
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_hashable(getattr(self, f.name)) for f in dataclasses.fields(self))))
 
     def build(self, site: Site) -> Op:
         """Return the op for one site, its tensors on `site.device` in `site.dtype`."""
@@ -55,11 +113,15 @@ class Spec:
 
     def parts(self) -> tuple[Spec, ...]:
         """Return the recipes whose ops make up one adapter: this one, and full training of its `train_modules`."""
-        if not self.train_modules:
+        if not self.train_modules or self.train_modules == AUTO:
             return (self,)
         from slimtune.methods.dense import Dense
 
         return (self, Dense(targets=self.train_modules))
+
+    def with_heads(self, heads: tuple[str, ...]) -> Spec:
+        """Return this spec with the heads of a model in place of "auto"."""
+        return dataclasses.replace(self, train_modules=heads) if self.train_modules == AUTO else self
 
     def problems(self) -> list[str]:
         """Return everything that is wrong with the hyper-parameters themselves."""
@@ -129,12 +191,13 @@ class Spec:
         if not isinstance(data, dict) or not isinstance(data.get("method"), str):
             raise SpecError(f"a spec is a mapping with a 'method', not {str(data)[:80]!r}", hint='{"method": "lora", "r": 8}')
         cls = spec_class(data["method"])
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        wrong = [f"{k!r} is not an option of {data['method']}; closest: {closest(k, fields)}" for k in data if k not in {*fields, "method"}]
-        values = {k: rich(v, str(fields[k].type)) for k, v in data.items() if k in fields}
-        wrong += [p for k, v in values.items() if (p := type_problem(k, v, str(fields[k].type)))]
+        options = {k: v for k, v in data.items() if k != "method"}
+        names, hints = [f.name for f in dataclasses.fields(cls)], hints_of(cls)
+        wrong = [f"{k!r} is not an option of {data['method']}; closest: {closest(k, names)}" for k in options if k not in names]
+        values = {k: read(v, hints[k]) for k, v in options.items() if k in names}
+        wrong += [p for k, v in values.items() if (p := problem(k, v, hints[k]))]
         if wrong:
-            raise SpecError("; ".join(wrong), where=f"method {data['method']}", hint=f"options: {', '.join(fields)}")
+            raise SpecError("; ".join(wrong), where=f"method {data['method']}", hint=f"options: {', '.join(names)}")
         spec = cls(**values)
         spec.validate()
         return spec
@@ -145,10 +208,21 @@ class Spec:
         Raises:
             SpecError: with every problem.
         """
-        wrong = [p for f in dataclasses.fields(self) if (p := type_problem(f.name, getattr(self, f.name), str(f.type)))]
+        hints = hints_of(type(self))
+        wrong = [p for name, hint in hints.items() if (p := problem(name, getattr(self, name), hint))]
         wrong = wrong or self.problems()
         if wrong:
-            raise SpecError("; ".join(wrong), where=f"{type(self).__name__}(...)", hint="correct all of these at once")
+            raise SpecError("; ".join(wrong), where=f"{type(self).__name__}(...)", hint=self._as_an_example(wrong))
+
+    def _as_an_example(self, wrong: list[str]) -> str:
+        """Return the defaults of the options that these problems begin with, as one types them."""
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        words = [word for text in wrong for word in (*re.findall(r"^\w+", text), *re.findall(r"\w+(?==)", text))]
+        named = list(dict.fromkeys(word for word in words if word in fields)) or list(fields)[-1:]
+        shown = [f"{name}={_written(default_of(fields[name]))}" for name in named]
+        hints = hints_of(type(self))
+        types = "; ".join(f"{name} takes {written(hints[name], taken=True)}" for name in named)
+        return f"{', '.join(shown)} {'is' if len(shown) == 1 else 'are'} the default; {types}"
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -169,56 +243,12 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return value
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
 
 
-def rich(value: Any, annotation: str) -> Any:
-    """Return a JSON value as a field of this type holds it: lists as tuples, mappings with a "method" as specs, its bare name too.
-
-    Raises:
-        SpecError: a spec inside it is wrong.
-    """
-    if isinstance(value, dict) and isinstance(value.get("method"), str):
-        return Spec.from_dict(value)
-    if isinstance(value, str) and "Spec" in annotation:
-        return Spec.from_dict({"method": value})
-    if isinstance(value, (list, tuple)):
-        return tuple(rich(v, annotation) for v in value)
-    return value
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "None": (type(None),),
-    "tuple": (tuple,),
-    "dict": (dict,),
-    "Spec": (Spec,),
-}
-
-
-_MEMBERS: dict[str, type] = {"tuple[str,...]": str, "tuple[Spec,...]": Spec}
-
-
-def type_problem(name: str, value: Any, annotation: str) -> str:
-    """Return what is wrong with a value's type by its field's annotation (unions of plain types), or ""."""
-    depth, parts, word = 0, [], ""
-    for c in annotation.replace(" ", "") + "|":  # split the union at the top level only
-        depth += (c == "[") - (c == "]")
-        if c == "|" and depth == 0:
-            parts.append(word)
-            word = ""
-        else:
-            word += c
-    for part in parts:
-        kind = part.split("[")[0]
-        if kind not in _TYPES:
-            return ""
-        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind in {"int", "float"}):
-            continue
-        if part in _MEMBERS and isinstance(value, tuple) and not all(isinstance(v, _MEMBERS[part]) for v in value):
-            continue
-        return ""
-    return f"{name} must be {annotation}, not {value!r}"
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return frozenset((k, _hashable(v)) for k, v in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, (tuple, list)) else value

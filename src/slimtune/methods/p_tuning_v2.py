@@ -46,15 +46,13 @@ class PTuningV2(PrefixTuning):
     Args:
         p, std, seed, where, targets: as in `PrefixTuning`.
         hidden: units of the network that makes them while training; 0: they are trained directly, which the paper finds as good on many tasks.
-        train_modules: what is trained in full beside them; "task-head": the classification head, if the model has one.
+        train_modules: what is trained in full beside them; "task-head", of older files: what stands beside the body of any model.
 
     Example:
         >>> import slimtune as st
         >>> st.PTuningV2(p=40).train_modules
-        'task-head'
+        'auto'
     """
-
-    train_modules: str | tuple[str, ...] = TASK_HEAD
 
     def parts(self) -> tuple[Spec, ...]:
         return (self, TaskHead()) if self.train_modules == TASK_HEAD else super().parts()

@@ -17,7 +17,7 @@ from slimtune.core.errors import SpecError
 from slimtune.core.modifier import moved
 from slimtune.core.registry import register
 from slimtune.core.site import Site
-from slimtune.core.spec import Spec
+from slimtune.core.spec import AUTO, Spec
 from slimtune.methods.bottleneck import Bottleneck
 from slimtune.methods.dense import Dense
 from slimtune.methods.lora import LoRA
@@ -35,7 +35,7 @@ class Union(Spec):
     Args:
         of: the members; each is a spec of its own, a union too.
         targets, layers, exclude: instead of those of the members; default: each keeps its own.
-        train_modules: trained in full beside the members, and beside what they name themselves.
+        train_modules: trained in full beside the members, and beside what they name themselves; it decides what their "auto" means.
 
     Example:
         >>> import slimtune as st
@@ -51,11 +51,17 @@ class Union(Spec):
     def parts(self) -> tuple[Spec, ...]:
         found: list[Spec] = []
         places = replace(self, train_modules=())
+        beside = () if self.train_modules == AUTO else self.train_modules
         members = [part for spec in self.of for part in moved(spec, places).parts()]
-        for part in [*members, *([Dense(targets=self.train_modules)] if self.train_modules else [])]:
+        for part in [*members, *([Dense(targets=beside)] if beside else [])]:
             if not (isinstance(part, Dense) and part in found):  # one head, whoever names it
                 found.append(part)
         return tuple(found)
+
+    def with_heads(self, heads: tuple[str, ...]) -> Spec:
+        own = self.train_modules
+        members = tuple(spec.with_heads(heads if own == AUTO else ()) for spec in self.of)
+        return replace(self, of=members, train_modules=() if own == AUTO else own)
 
     def problems(self) -> list[str]:
         wrong = [] if self.of else ["of= is empty: a union has at least one member"]

@@ -11,18 +11,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from slimtune.core.errors import RecipeError, closest
+from slimtune.core.reference_names import ELSEWHERE, known_as
 from slimtune.train.method_options import check_options, methods_with, option_names, split_key
 from slimtune.train.recipe import Recipe
 from slimtune.train.sources import check_data_source, check_model_source
 from slimtune.train.yaml_text import Entry, parse_flat, parse_override
 
-# What people know these keys as from other tools; only ever used to word a hint.
+# What people know these keys as from other tools; only ever used to word a hint. Those of methods: `core.reference_names`.
 _ALIASES = {
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "epoch": "epochs", "steps": "max_steps",
     "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "bs": "batch_size", "batch": "batch_size",
     "gradient_accumulation_steps": "accumulate", "grad_accum": "accumulate", "output_dir": "out", "output": "out",
-    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "train": "data", "rank": "r", "lora_r": "r",
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "cutoff_len": "max_length",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "train": "data", "cutoff_len": "max_length",
     "max_seq_length": "max_length", "lr_scheduler_type": "schedule", "scheduler": "schedule", "warmup_ratio": "warmup",
     "warmup_steps": "warmup", "max_grad_norm": "clip", "load_in_4bit": "quantize", "torch_dtype": "dtype", "adapter": "method",
     "peft_type": "method", "run_name": "name", "logging_steps": "log_every", "eval_steps": "eval_every",
@@ -46,6 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     entries, problems = parse_flat(_read(path))
+    if problems and not entries:  # what cannot be read at all is not missing its keys as well
+        raise RecipeError(f"{path} cannot be read:", problems=problems, hint="`slimtune init` lists examples that work")
     for text in overrides:
         parsed = parse_override(text, _TEXT_KEYS)
         if isinstance(parsed, str):
@@ -91,8 +93,7 @@ def _build(path: Path, entries: dict[str, Entry], problems: list[str]) -> Recipe
                 fix = f"{key}= on the command line takes it out" if not entry.place.startswith("override") else "leave it out"
                 problems.append(f"{entry.place}: `{key}` is an option of {', '.join(users)}; method {method} does not take it ({fix})")
         else:
-            right = _ALIASES.get(key) or closest(key, [*_OWN_KEYS, *(known or [])], n=1)
-            problems.append(f"{entry.place}: unknown key `{key}`; did you mean `{right}`?")
+            problems.append(f"{entry.place}: unknown key `{key}`; {_instead(key, known or [])}")
     base = path.resolve().parent
 
     def place(key: str) -> str:
@@ -135,6 +136,14 @@ def _build(path: Path, entries: dict[str, Entry], problems: list[str]) -> Recipe
     if recipe.lr is None:
         resolved["lr"] = 2e-5 if method == "full" else 5e-4
     return recipe.model_copy(update={**resolved, "name": name, "out": str(out), "options": {key: entry.value for key, entry in options.items()}})
+
+
+def _instead(key: str, options: Sequence[str]) -> str:
+    """Return what to write for a key that nobody here knows: its name in recipes, the method's option, or the closest."""
+    right = _ALIASES.get(key) or known_as(key, options)
+    if not right and key in ELSEWHERE and "st." not in ELSEWHERE[key]:
+        return ELSEWHERE[key]
+    return f"did you mean `{right or closest(key, [*_OWN_KEYS, *options], n=1)}`?"
 
 
 def _cross_checks(values: dict[str, Any], bad: set[str]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ it is written with the prefix `method_` (`method_seed: 3`), which is allowed for
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.core.errors import SpecError, closest
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FULL = "full"  # full fine-tuning of every weight: not a method, but what methods are compared with
 _PREFIX = "method_"
+_JSON_TYPES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null", Path: "string"}
 
 
 def split_key(key: str) -> str:
@@ -52,20 +54,21 @@ def methods_with(option: str) -> list[str]:
 
 def check_options(method: str, options: dict[str, Entry], place: str) -> list[str]:
     """Return every problem of the method's name and options, each with its place in the recipe."""
+    from slimtune.core.options import hints_of, problem, read
     from slimtune.core.registry import methods, spec_class
-    from slimtune.core.spec import Spec, rich, type_problem
+    from slimtune.core.spec import Spec
 
     if method == FULL:
         return []
     if method not in methods():
         names = [*methods(), FULL]
         return [f"{place}: method: there is no {method!r}; did you mean `{closest(method, names, n=1)}`? Known: {', '.join(names)}"]
-    annotation = {f.name: str(f.type) for f in dataclasses.fields(spec_class(method))}
+    hints = hints_of(spec_class(method))
     problems = []
     for name, (value, where) in options.items():
         try:
-            if problem := type_problem(name, rich(value, annotation[name]), annotation[name]):
-                problems.append(f"{where}: {problem}")
+            if text := problem(name, read(value, hints[name]), hints[name]):
+                problems.append(f"{where}: {text}")
         except SpecError as error:  # in a spec inside this option: the members of a union
             problems.append(f"{where}: {name}: {error.where}: {error.what}")
     if not problems:
@@ -81,7 +84,7 @@ def check_options(method: str, options: dict[str, Entry], place: str) -> list[st
 def build_spec(recipe: Recipe, task: str, new: TrainableTokens | None = None) -> Spec | None:
     """Return the spec a recipe asks for, or None for full fine-tuning.
 
-    A classifier's head is new and random, so it is trained in full beside the op unless the recipe names `train_modules` itself.
+    What `train_modules` means where the recipe does not name it is decided when the spec is attached (see `core.task_head`).
 
     Args:
         recipe: a validated recipe.
@@ -93,29 +96,38 @@ def build_spec(recipe: Recipe, task: str, new: TrainableTokens | None = None) ->
 
     if recipe.method == FULL:
         return None
-    options = dict(recipe.options)
-    if task == "classification":
-        options.setdefault("train_modules", "head")
-    spec = Spec.from_dict({"method": recipe.method, **options})
+    spec = Spec.from_dict({"method": recipe.method, **recipe.options})
     return spec if new is None else beside(spec, new)
 
 
 def schema_of_options() -> dict[str, Any]:
     """Return JSON-schema properties for every option of every registered method (for editors)."""
+    from slimtune.core.options import hints_of
     from slimtune.core.registry import methods
 
-    json_types = {"int": "integer", "float": "number", "str": "string", "bool": "boolean", "None": "null"}
     users: dict[str, list[str]] = {}
     kinds: dict[str, set[str]] = {}
     for name, cls in methods().items():
-        for field in dataclasses.fields(cls):
-            key = written_as(field.name)
+        for option, hint in hints_of(cls).items():
+            key = written_as(option)
             users.setdefault(key, []).append(name)
-            for part in str(field.type).replace(" ", "").split("|"):
-                kinds.setdefault(key, set()).add(json_types.get(part, "array" if part.startswith("tuple") else "object"))
-                if part == "Spec":
-                    kinds[key].add("string")
+            kinds.setdefault(key, set()).update(_json_types(hint))
     return {key: {"type": sorted(kinds[key]), "description": f"option of {', '.join(users[key])}"} for key in users}
+
+
+def _json_types(hint: Any) -> set[str]:
+    """Return the JSON types in which a value of this type may be written."""
+    from slimtune.core.options import choices, is_spec
+
+    found: set[str] = set()
+    for kind in choices(hint):
+        if is_spec(kind):
+            found |= {"object", "string"}
+        elif kind in _JSON_TYPES:
+            found.add(_JSON_TYPES[kind])
+        else:
+            found.add("object" if kind is dict else "array")
+    return found
 
 
 def recipe_schema() -> dict[str, Any]:
