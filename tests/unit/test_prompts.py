@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import PlanError, SpecError
 from slimtune.testing import zoo
 from slimtune.testing.cases import rescale
@@ -51,7 +52,7 @@ def test_virtual_tokens_can_start_spread_like_token_embeddings() -> None:
 
 def llama_like(model: Any) -> Any:
     twin = llama()
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(base_state_dict(model))
     return twin
 
 
