@@ -309,15 +309,6 @@ def test_relaxations_are_explicit_and_noted(tmp_path: Path) -> None:
         st.load(mlp(), tmp_path, relax="everything")
 
 
-def test_not_a_number_is_loaded_and_mentioned(tmp_path: Path) -> None:
-    model = mlp()
-    st.attach(model, st.LoRA(r=2))
-    with torch.no_grad():
-        next(model.slim_state.adapters["default"].parameters()).fill_(float("nan"))
-    st.save(model, tmp_path)
-    assert "1 tensors of the file hold NaN" in st.load(mlp(), tmp_path).notes[0]
-
-
 def test_the_hundredth_adapter_costs_as_much_as_the_first(tmp_path: Path) -> None:
     model = llama(layers=6)
     st.attach(model, st.LoRA(r=2))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.elsewhere import at_hand, whole
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
+from slimtune.core.finite import non_finite
 from slimtune.core.placing import check_free, install, kind_at, put_to_use
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
@@ -44,7 +45,7 @@ from slimtune.version import __version__
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1
-RELAX = ("base", "checksum", "config", "missing", "unexpected")
+RELAX = ("base", "checksum", "config", "missing", "nonfinite", "unexpected")
 # Fields of the config that say nothing about the adapter's function; people and hubs rewrite them.
 _ABOUT = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 
@@ -62,7 +63,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Pa
 
     Raises:
         NoSuchAdapter: no such adapter, or it is not clear which.
-        FileError: the folder cannot be written; what was there is untouched.
+        FileError: the folder cannot be written, or the adapter holds NaN or infinity; what was there is untouched.
 
     Example:
         >>> st.save(model, "out/support", name="support")  # doctest: +SKIP
@@ -80,6 +81,12 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Pa
     finally:
         if undo is not None:
             undo()
+    if bad := non_finite(tensors.items()):
+        raise FileError(
+            f"adapter {adapter.name!r} holds NaN or infinity, so it is not written: {', '.join(name.removeprefix(PREFIX) for name in bad[:8])}",
+            where=str(folder),
+            hint="what was in the folder is untouched; go back to the last good checkpoint, and train with a lower lr",
+        )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def write(stage: Path) -> None:
@@ -167,8 +174,8 @@ def load(
         trainable: go on training it: it comes into use, and every other adapter and the base are frozen.
         dtype: of its parameters; default as in `attach`.
         relax: what to let pass, with a note in the report: "base" (made for another base), "checksum" (bytes have changed),
-            "config" (unknown config fields, or a config that was edited), "missing" (targeted modules without tensors), "unexpected"
-            (tensors that belong nowhere).
+            "config" (unknown config fields, or a config that was edited), "missing" (targeted modules without tensors), "nonfinite"
+            (tensors that hold NaN or infinity), "unexpected" (tensors that belong nowhere).
 
     Returns:
         A report. The first adapter on a model comes into use at once; later ones wait for `use`.
@@ -215,8 +222,12 @@ def load(
                 hint="is it the right base? To leave them out: st.load(..., relax='unexpected')",
             )
         notes.append(f"{len(taker.left)} tensors of the file were left out: {', '.join(list(taker.left)[:4])}")
-    if n := not_finite(made):
-        notes.append(f"{n} tensors of the file hold NaN or infinity")
+    if bad := taker.not_finite() or not_finite(made):
+        what = f"{len(bad)} tensor(s) of the file hold NaN or infinity: {', '.join(bad[:8])}"
+        if "nonfinite" not in allowed:
+            hint = "load an earlier checkpoint of it; to look at this one as it is: st.load(..., relax='nonfinite')"
+            raise FormatError(what, where=str(file.path), hint=hint)
+        notes.append(what)
     first = "slim_state" not in model.__dict__
     adapter = install(model, name, spec, made, trainable=trainable)
     if first or trainable:

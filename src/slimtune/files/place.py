@@ -6,7 +6,6 @@ Costs what the new adapter costs: nothing here walks over adapters that are atta
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from slimtune.core.elsewhere import at_hand
 from slimtune.core.errors import FileError, FormatError, MismatchError, SiteError, SlimtuneError, closest
+from slimtune.core.finite import non_finite
 from slimtune.core.op import Op
 from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.site import Site
@@ -132,9 +132,9 @@ def make_ops(
     return made
 
 
-def not_finite(made: list[tuple[Site, str, Op]]) -> int:
-    """Return how many tensors hold NaN or infinity."""
-    return sum(not math.isfinite(float(p.detach().float().abs().sum())) for _, _, op in made for p in op.parameters())
+def not_finite(made: list[tuple[Site, str, Op]]) -> list[str]:
+    """Return the tensors of finished ops that hold NaN or infinity, by where they sit."""
+    return non_finite((f"{site.path}.{name}", p) for site, _, op in made for name, p in op.named_parameters())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import slimtune as st
 from slimtune.core.errors import RecipeError
-from slimtune.train.checkpoint import PROGRESS, flush, intact, read_tensors, write_tensors
+from slimtune.core.finite import non_finite
+from slimtune.train.checkpoint import PROGRESS, flush, intact, read_tensors, trained_tensors, write_tensors
 from slimtune.train.collate import LengthGroupedSampler
 from slimtune.train.evaluate import Evaluation
 from slimtune.train.loss import causal_loss, classification_loss, has_own_loss
@@ -77,7 +78,7 @@ class SlimTrainer(Trainer):
             train_dataset=rows,
             eval_dataset=[] if measure else None,
             data_collator=collate,
-            callbacks=[_FollowEpochs(order, args, len(rows)), *callbacks],
+            callbacks=[_FollowEpochs(order, args, len(rows)), *([_StopAtNonFinite(self)] if adapter is not None else []), *callbacks],
         )
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the items of a step; the model itself never sees them
         self._loss_shifts_labels = task == "causal_lm"
@@ -114,29 +115,43 @@ class SlimTrainer(Trainer):
         if self.task == "causal_lm":
             loss = causal_loss(model, inputs, num_items_in_batch, unwrapped=self.trained)
         else:
-            loss = classification_loss(model, inputs, num_items_in_batch)
+            loss = classification_loss(model, inputs, num_items_in_batch, unwrapped=self.trained)
         # Data-parallel processes average their gradients, and each has divided by the items of all of them.
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
-            raise RecipeError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}",
-                where=str(self.folder.path),
-                hint="lower lr, lengthen warmup, or use dtype: float32; `slimtune inspect data RECIPE` shows the data",
-            )
+            raise self._failed(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and not math.isfinite(float(norm)):
-            raise RecipeError(
-                f"the gradient became {float(norm)} at step {self.state.global_step + 1}",
-                where=str(self.folder.path),
-                hint="lower lr, lengthen warmup, or use dtype: float32",
-            )
+            raise self._failed(f"the gradient became {float(norm)} at step {self.state.global_step + 1}")
         return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().train(*args, **kwargs)
+        self.check_finite()
+        return out
+
+    def check_finite(self) -> None:
+        """Raise if what is trained holds NaN or infinity: such a run has failed, and nothing of it is written.
+
+        Raises:
+            RecipeError: naming the tensors and the last checkpoint, which is finite.
+        """
+        if bad := non_finite(trained_tensors(self.trained, self.adapter).items()):
+            what = "the adapter" if self.adapter is not None else "the model"
+            names = ", ".join(name.replace("|", ".") for name in bad[:4])
+            raise self._failed(f"{what} holds NaN or infinity after step {self.state.global_step}, in {len(bad)} tensor(s): {names}")
+
+    def _failed(self, what: str) -> RecipeError:
+        kept = self.folder.latest_checkpoint()
+        last = "" if kept is None else f"; the last finite checkpoint is kept: {kept}"
+        hint = f"lower lr, lengthen warmup, or use dtype: float32; `slimtune inspect data RECIPE` shows the data{last}"
+        return RecipeError(what, where=str(self.folder.path), hint=hint)
 
     def anyone(self, asked: bool) -> bool:
         """True on every process when it is true on one: they must stop after the same step."""
@@ -181,6 +196,7 @@ class SlimTrainer(Trainer):
         final = self.folder.checkpoint(self.state.global_step)
         if final.is_dir():
             return  # Ctrl-C just after a regular checkpoint of the same step
+        self.check_finite()
         work = final.with_name(f".{final.name}.tmp")
         if self.args.should_save:
             work.mkdir(parents=True, exist_ok=True)
@@ -229,6 +245,16 @@ class _FollowEpochs(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.order.set_epoch(state.global_step // self.steps)
+
+
+class _StopAtNonFinite(TrainerCallback):
+    """Ends a run in the step that makes its adapter non-finite; of a whole model, that is asked at checkpoints and at the end only."""
+
+    def __init__(self, trainer: SlimTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.check_finite()
 
 
 def _full_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

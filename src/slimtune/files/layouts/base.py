@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from slimtune.core.errors import MismatchError
+from slimtune.core.finite import is_finite
 from slimtune.core.kind import Kind
 from slimtune.core.op import Op
 from slimtune.core.spec import Spec
@@ -58,6 +59,7 @@ class Taker:
         self.file, self._names = file, names  # clean name -> name in the file
         self.left = dict.fromkeys(names)
         self.missing: list[str] = []
+        self.taken: dict[str, bool] = {}  # name -> whether all of it is finite
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -78,7 +80,12 @@ class Taker:
         t = self.file.tensor(self._names[name])
         if not t.is_floating_point():
             raise MismatchError(f"{name} holds {str(t.dtype).removeprefix('torch.')}, not floats", where=str(self.file.path))
+        self.taken[name] = is_finite(t)
         return t
+
+    def not_finite(self) -> list[str]:
+        """Return the tensors handed out that hold NaN or infinity."""
+        return [name for name, finite in self.taken.items() if not finite]
 
 
 class Codec:
