@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 from slimtune.core.errors import SlimtuneError, SpecError, TargetError
 from slimtune.core.state import state_of
 from slimtune.ports.group_quantised import GroupLinear, pack, quantise, quantise_groups, unpack
@@ -38,7 +39,7 @@ def adapted(spec: st.Spec, dtype: torch.dtype = torch.float32) -> tuple[nn.Modul
 
 
 def kept(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
+    return {k: v.clone() for k, v in base_state_dict(model).items()}
 
 
 # ---- the layer --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ports_props import randomise
 from torch import nn
 
 import slimtune as st
+from slimtune.core.carried import base_state_dict
 from slimtune.core.report import true_numel
 from slimtune.core.targets import kind_of
 
@@ -39,7 +40,7 @@ def build(kind: str, bias: bool = True) -> tuple[nn.Module, nn.Linear]:
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
+    return {k: v.clone() for k, v in base_state_dict(model).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
