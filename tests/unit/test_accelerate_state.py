@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.core.carried import base_state_dict
+from slimtune.core.registry import spec_class
 from slimtune.testing import zoo as tiny
+from slimtune.testing.cases import case
+from slimtune.testing.subject import Subject
+from slimtune.testing.suite import expected_problem
 
 IDS = torch.randint(0, 90, (2, 7), generator=torch.Generator().manual_seed(1))
 SPECS = {
@@ -290,3 +294,22 @@ def test_an_adapter_frozen_altogether() -> None:
     assert not trainable(model)
     st.trainable(model, "a")  # the word for it
     assert all(p.requires_grad for p in model.slim_state.adapters["a"].parameters())
+
+
+# ---- every method -------------------------------------------------------------------------------------------------------
+CELLS = [
+    Subject(spec, cell)
+    for spec in (spec_class(name)() for name in st.methods())
+    for cell in map(case, ("Llama", "group 4-bit", "experts", "conv2d"))
+    if not expected_problem(Subject(spec, cell))
+]
+
+
+@pytest.mark.parametrize("s", CELLS, ids=lambda s: f"{s.spec.method}-{s.case.name}")
+def test_the_state_dict_of_every_method_is_the_whole_adapter(s: Subject) -> None:
+    whole, again = s.attached("a"), s.attached("a", busy=False)
+    assert not torch.equal(s.out(whole), s.out(again))
+    again.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert torch.equal(s.out(whole), s.out(again))
+    st.detach(again, "a")
+    assert not [k for k in again.state_dict() if ".slim." in k]
