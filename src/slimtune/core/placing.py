@@ -22,6 +22,7 @@ from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State
 from slimtune.core.stepping import arm, unwatch, watch
+from slimtune.core.still import keep_still, let_go
 from slimtune.core.targets import kind_of
 from slimtune.integrations.watch import watch_trainers
 
@@ -158,8 +159,10 @@ def _root(model: nn.Module) -> State:
     state.writes_over = any(m.__dict__.get("inplace") is True for m in model.modules())
     model.slim_state = state  # type: ignore[assignment]
     root(model, state)
-    for module in base_modules(model).values():
+    modules = base_modules(model)
+    for module in modules.values():
         specialise(module, SavesBase)
+    keep_still(modules)
     watch_trainers()
     return state
 
@@ -170,7 +173,9 @@ def _unroot(model: nn.Module) -> None:
 
     exact_packing(model, False)
     unroot(model)
-    for module in base_modules(model).values():
+    modules = base_modules(model)
+    let_go(modules, model.training)
+    for module in modules.values():
         generalise(module, SavesBase)
     model.__dict__.pop("slim_state", None)
 

@@ -124,6 +124,7 @@ class Report:
 def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -> Report:
     """Return the report of one adapter, without looking at any other."""
     from slimtune.core.placing import base_modules, kind_at
+    from slimtune.core.still import note
     from slimtune.core.targets import candidates
 
     rows, covered = [], set()
@@ -161,7 +162,7 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
         total=sum(true_numel(p, module) for p, module in base.values()) + sum(r.total for r in rows),
         bytes=sum(t.numel() * t.element_size() for t in own.values()),
         base_bytes=sum(p.numel() * p.element_size() for p, _ in base.values()),
-        notes=[*advice, *(n for part in adapter.spec.parts() if hasattr(part, "remarks") for n in part.remarks(adapter)), *notes],
+        notes=[*advice, *note(modules), *(n for part in adapter.spec.parts() if hasattr(part, "remarks") for n in part.remarks(adapter)), *notes],
     )
 
 

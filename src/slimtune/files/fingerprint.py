@@ -3,15 +3,16 @@
 Two parts: the structure (shapes of all weights, block numbers taken out) and samples: a few values of up to 96 tensors spread over the model.
 Equal dtypes must agree to the bit. Between dtypes the finer samples are rounded to the coarser type first, where all but a few must
 agree; a base that was trained further does not pass that, since its values moved by more than rounding. Tensors that are
-quantised on one side are compared by the size of their difference only.
+quantised on one side are compared by the size of their difference only. Statistics that a base keeps in buffers (BatchNorm's) are sampled, too.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from slimtune.core.elsewhere import at_hand, identity, offloaded, ties, whole
 from slimtune.core.errors import FormatError
 from slimtune.core.placing import base_modules, kind_at
+from slimtune.core.still import statistics, tracks
 
 TENSORS, VALUES, QUANTISED = 96, 4, 4
 _CODES = {torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}
@@ -38,17 +40,20 @@ class Fingerprint:
         types: one letter for each sampled tensor: its dtype, "q" quantised, "-" not looked at.
         values: [len(types), VALUES] float32; zeros where not looked at.
         names: of the sampled tensors; not kept in files, since the structure decides them.
+        buffers: name -> VALUES samples of up to TENSORS statistics that the base keeps in buffers; files of 0.1.0 have none.
     """
 
     structure: dict[str, dict[str, int]]
     types: str
     values: Tensor
     names: tuple[str, ...] = ()
+    buffers: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         raw = bytes(self.values.flatten().view(torch.uint8).tolist())
-        return {"structure": self.structure, "types": self.types, "values": base64.b64encode(raw).decode()}
+        out = {"structure": self.structure, "types": self.types, "values": base64.b64encode(raw).decode()}
+        return out | ({"buffers": self.buffers} if self.buffers else {})
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Fingerprint:
@@ -60,7 +65,8 @@ class Fingerprint:
         try:
             raw = bytearray(base64.b64decode(data["values"], validate=True))
             values = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.zeros(0)
-            return Fingerprint(data["structure"], data["types"], values.reshape(len(data["types"]), VALUES))
+            buffers = {str(name): [float(v) for v in sample] for name, sample in data.get("buffers", {}).items()}
+            return Fingerprint(data["structure"], data["types"], values.reshape(len(data["types"]), VALUES), buffers=buffers)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FormatError(f"the fingerprint of the base cannot be read: {error}") from None
 
@@ -71,7 +77,14 @@ class Fingerprint:
             old, new = self.structure.get(name, {}), now.structure.get(name, {})
             if old != new:
                 out.append(f"{name}: {_counts(old)} when it was saved, {_counts(new)} here")
-        return out or self._compare_values(now)
+        return out or [*self._compare_values(now), *self._compare_buffers(now)]
+
+    def _compare_buffers(self, now: Fingerprint) -> list[str]:
+        off = [
+            name for name, old in self.buffers.items()
+            if name in now.buffers and not all(math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-6) for a, b in zip(old, now.buffers[name], strict=False))
+        ]  # fmt: skip
+        return [f"the statistics of {len(off)} module(s) differ, as in {', '.join(off[:3])}"] if off else []
 
     def _compare_values(self, now: Fingerprint) -> list[str]:
         if len(self.types) != len(now.types):
@@ -155,7 +168,18 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
         types, values = _sample([found[n] for n in chosen])
         cached = (key, Fingerprint(structure, types, values, tuple(chosen)))
         _CACHE[model] = cached
-    return cached[1]
+    buffers = _buffers(model, skip)
+    return replace(cached[1], buffers=buffers) if buffers else cached[1]
+
+
+def _buffers(model: nn.Module, skip: tuple[str, ...]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for path, module in base_modules(model).items():
+        if tracks(module) and not f"{path}.".startswith(skip) and len(found) < TENSORS:
+            for name, b in statistics(module).items():
+                if b.numel() and b.device.type != "meta":
+                    found[f"{path}.{name}" if path else name] = [float(v) for v in b.detach().flatten()[:: max(1, b.numel() // VALUES)][:VALUES]]
+    return found
 
 
 def _stamp(p: nn.Parameter) -> tuple[Any, ...]:
