@@ -233,6 +233,8 @@ def written(hint: Any, *, taken: bool = False) -> str:
         return " | ".join(dict.fromkeys(written(a, taken=taken) for a in args))
     if origin is Literal:
         return f"Literal[{', '.join(map(repr, args))}]"
+    if taken and is_spec(hint):
+        return "Spec | type[Spec] | str"
     if origin is None:
         return hint.__name__ if isinstance(hint, type) else str(hint)
     inner = ", ".join("..." if a is Ellipsis else written(a, taken=taken) for a in args)

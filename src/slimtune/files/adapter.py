@@ -36,6 +36,7 @@ from slimtune.files.container import (
     write_tensors,
 )  # fmt: skip
 from slimtune.files.fingerprint import Fingerprint, fingerprint
+from slimtune.files.hub import FILES, located
 from slimtune.files.layouts.base import PREFIX, Layout, Place, Taker
 from slimtune.files.layouts.generic import Generic
 from slimtune.files.layouts.registry import layout_for, layout_of
@@ -163,19 +164,21 @@ def config_digest(config: dict[str, Any]) -> str:
 # ---- loading ----------------------------------------------------------------------------------------------------------
 def load(
     model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False, dtype: torch.dtype | None = None,
-    relax: str | Iterable[str] = (),
+    relax: str | Iterable[str] = (), revision: str | None = None,
 ) -> Report:  # fmt: skip
     """Read an adapter from a folder and put it onto a model; if anything is wrong, the model stays as it is.
 
     Args:
         model: the base the adapter was made for; it may carry other adapters.
-        folder: written by `save`, or by the reference library.
+        folder: written by `save`, or by the reference library; or the name of a repository on the Hugging Face hub ("user/adapter"), where no
+            folder of that name is here. Its two files are fetched, with huggingface_hub.
         name: the adapter's name here; default: the one it was saved under, else "default".
         trainable: go on training it: it comes into use, and every other adapter and the base are frozen.
         dtype: of its parameters; default as in `attach`.
         relax: what to let pass, with a note in the report: "base" (made for another base), "checksum" (bytes have changed),
             "config" (unknown config fields, or a config that was edited), "missing" (targeted modules without tensors), "nonfinite"
             (tensors that hold NaN or infinity), "unexpected" (tensors that belong nowhere).
+        revision: branch, tag or commit of the repository.
 
     Returns:
         A report. The first adapter on a model comes into use at once; later ones wait for `use`.
@@ -184,17 +187,18 @@ def load(
         FormatError: the files are damaged, hostile, or of a kind that slimtune does not read.
         MismatchError: they do not fit this model.
         FileError: they cannot be read.
-        NameInUse, MergeError: the name is taken; something is merged.
+        InvalidName, NameInUse, MergeError: the name is taken, or none; something is merged.
 
     Example:
         >>> st.load(model, "out/support")  # doctest: +SKIP
     """
-    model, folder = unwrap(model), Path(folder)
+    model = unwrap(model)
     allowed = frozenset([relax] if isinstance(relax, str) else relax)
     if not allowed <= set(RELAX):
         raise SpecError(f"relax= takes {', '.join(RELAX)}, not {sorted(allowed - set(RELAX))}")
     if name is not None:
         check_free(model, name)
+    folder = located(folder, revision)
     file, about, config, notes = read(folder, allowed)
     with one_error(str(folder)):
         if about is not None:
@@ -262,7 +266,8 @@ class _Torn(Exception):
 def _read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     notes: list[str] = []
     if not folder.is_dir():
-        hint = "give a local folder; a hub adapter has to be fetched first"
+        fetch = f"hf download user/adapter {' '.join(FILES)} --local-dir {folder.name}"
+        hint = f'a local folder, or st.load(model, "user/adapter") from the hub; by hand: {fetch}'
         raise FileError(f"there is no folder {folder}", where=str(folder.absolute()), hint=hint)
     weights, config_path = folder / WEIGHTS, folder / CONFIG
     config = None

@@ -21,6 +21,7 @@ import slimtune as st
 from slimtune.cli.methods import argument_texts, first_sentence
 from slimtune.core.errors import SlimtuneError
 from slimtune.core.op import affine
+from slimtune.core.options import hints_of, written
 from slimtune.core.spec import Spec
 from slimtune.testing.matrix import own_methods
 
@@ -67,7 +68,7 @@ def facts(name: str) -> dict[str, Any]:
         report = st.attach(model, st.methods()[name](), name="it")
     except SlimtuneError as error:
         return {"refused": error.what}
-    ops = model.slim_state.adapter("it").ops.values()  # type: ignore[union-attr, operator]
+    ops = st.adapters(model)["it"].ops.values()
     return {"trainable": report.trainable, "percent": report.percent, "merges": all(affine(op) for op in ops), "ops": len(report.rows)}
 
 
@@ -93,10 +94,10 @@ def page(name: str, arena: dict[str, list[dict[str, Any]]]) -> str:
     recipe = ["model: HuggingFaceTB/SmolLM2-135M-Instruct", "data: reviews.jsonl", f"method: {name}"]
     lines += ["In a recipe for `slimtune train`:", "", "```yaml", *recipe, "```", ""]
     lines += ["## Options", "", "| option | type | default | meaning |", "|---|---|---|---|"]
-    meanings = argument_texts(cls)
+    meanings, hints = argument_texts(cls), hints_of(cls)
     for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in COMMON):
         default = repr(f.default) if f.default is not dataclasses.MISSING else repr(f.default_factory()) if callable(f.default_factory) else ""
-        cells = (f"`{f.name}`", f"`{f.type}`", f"`{default}`", meanings.get(f.name, ""))
+        cells = (f"`{f.name}`", f"`{written(hints[f.name])}`", f"`{default}`", meanings.get(f.name, ""))
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     results = [(task, r) for task, rows in arena.items() for r in rows if r["name"] == name and r["refused"] is None]
     if results:
