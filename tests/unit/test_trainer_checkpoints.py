@@ -83,7 +83,7 @@ SPECS = {
     "dora": st.DoRA(),
     "vera": st.VeRA(r=4),
     "prompt": st.PromptTuning(tokens=3),
-    "prefix": st.PrefixTuning(p=3),
+    "prefix": st.PrefixTuning(p=3, hidden=4),  # trained through a network that its file does not hold
     "adalora": st.AdaLoRA(init_r=4, target_r=2, t_init=1, t_final=1, delta_t=1),
     "progressive": st.ProgressiveLoRA(every=2),
     "delta": st.DeltaLoRA(r=2, start=1),
@@ -117,11 +117,11 @@ def test_a_checkpoint_holds_the_adapter_and_no_base(tmp_path: Path) -> None:
     assert (checkpoint / "training_args.bin").is_file()
 
 
-@pytest.mark.parametrize("name", ["lora with dropout", "adalora"])
+@pytest.mark.parametrize("name", ["lora with dropout", "adalora", "prefix"])
 def test_the_best_one_is_brought_back(name: str, tmp_path: Path) -> None:
     """The loss on what is trained on falls, and the highest is called the best: not the last checkpoint."""
     model = tiny()
-    st.attach(model, SPECS[name])
+    st.attach(model, SPECS[name], name="mine")
     args = arguments(
         tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, eval_strategy="steps", eval_steps=2
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_the_best_one_is_brought_back(name: str, tmp_path: Path) -> None:
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6", "else nothing would be shown"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
-    assert model.slim_state.adapters["default"].steps == (trainer.state.best_global_step if name == "adalora" else 0)
+    assert model.slim_state.adapters["mine"].steps == (trainer.state.best_global_step if name == "adalora" else 0)
     fresh = tiny().eval()
     st.load(fresh, best)
     torch.testing.assert_close(fresh(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
@@ -283,6 +283,33 @@ def test_sentence_transformers(part: str, tmp_path: Path) -> None:
     assert abs(fresh.encode(["a b c"]) - model.encode(["a b c"])).max() < 1e-5
 
 
+def test_a_cross_encoder_with_a_new_head(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+
+    pairs = Dataset.from_list([{"a": f"{chr(97 + i)} b c", "b": f"d e {chr(110 - i)}", "score": i / 16} for i in range(16)])
+    embedder(tmp_path / "base")
+
+    def model() -> Any:
+        torch.manual_seed(0)  # the head is not in the checkpoint: random
+        made = CrossEncoder(str(tmp_path / "base"), num_labels=1, device="cpu")
+        return made
+
+    made = model()
+    st.attach(made, st.LoRA(r=2, targets=("query", "value"), train_modules=("classifier",)))
+    args = CrossEncoderTrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=4, save_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+        disable_tqdm=True, learning_rate=5e-2,
+    )  # fmt: skip
+    CrossEncoderTrainer(model=made, args=args, train_dataset=pairs).train()
+    fresh = model()
+    before = fresh.predict([("a b c", "d e f")])
+    st.load(fresh, tmp_path / "run" / "checkpoint-4")
+    assert abs(fresh.predict([("a b c", "d e f")]) - made.predict([("a b c", "d e f")])).max() < 1e-6
+    assert abs(fresh.predict([("a b c", "d e f")]) - before).max() > 1e-4
+
+
 # ---- what a Trainer does besides ----------------------------------------------------------------------------------------
 class Hub:
     """Stands for the hub: keeps what is uploaded."""
@@ -348,6 +375,44 @@ def test_a_plain_module(tmp_path: Path) -> None:
     run(tmp_path / "cut", kill=3)
     assert not list(tmp_path.rglob("model.safetensors"))
     assert equal(tensors(whole), tensors(run(tmp_path / "cut", resume=True)))
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    def run(folder: Path, kill: int | None = None, resume: Any = None) -> nn.Module:
+        model = tiny()
+        st.attach(model, st.LoRA(r=2))
+        compiled: Any = torch.compile(model, backend="eager")
+        args = arguments(folder, remove_unused_columns=False)
+        trainer = Trainer(model=compiled, args=args, train_dataset=ROWS, callbacks=[Kill(kill)] if kill else [])
+        if kill:
+            with pytest.raises(Killed):
+                trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", kill=3)
+    assert equal(tensors(whole), tensors(run(tmp_path / "cut", resume=True)))
+    names = safetensors.torch.load_file(tmp_path / "cut" / "checkpoint-6" / "adapter_model.safetensors").keys()
+    assert not [name for name in names if "_orig_mod" in name]
+    st.load(tiny(), tmp_path / "cut" / "checkpoint-6")
+
+
+def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
+    """model_init: a fresh model for each run, as for a search of hyper-parameters."""
+
+    def fresh() -> nn.Module:
+        model = tiny()
+        st.attach(model, st.LoRA(r=2))
+        return model
+
+    trainer = Trainer(model_init=fresh, args=arguments(tmp_path, max_steps=2), train_dataset=ROWS)
+    for _ in range(2):
+        trainer.train()
+        stored = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "state.safetensors")
+        live = trainer.model.slim_state.adapters["default"].ops
+        assert all(torch.equal(stored[f"{path}|{key}|B"], op.B) for (path, key), op in live.items())
 
 
 def test_adapters_that_come_after_the_trainer(tmp_path: Path) -> None:
@@ -434,6 +499,16 @@ def test_an_unknown_trainer_is_refused(tmp_path: Path) -> None:
     st.attach(model, st.LoRA(r=2))
     with pytest.raises(CapabilityError, match=r"_save[\s\S]*st\.save"):
         Other(model=model, args=arguments(tmp_path), train_dataset=ROWS)
+
+
+def test_a_sharded_adapter_is_refused(tmp_path: Path) -> None:
+    """Before training, not with the first checkpoint; elsewhere such files were written empty."""
+    model = tiny()
+    st.attach(model, st.LoRA(r=2))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=ROWS)
+    trainer.is_fsdp_enabled = True  # what accelerate says of a launch with FSDP
+    with pytest.raises(CapabilityError, match="shards the adapter"):
+        trainer.train()
 
 
 def test_parameters_outside_of_the_adapter_are_not_lost_in_silence(tmp_path: Path) -> None:
