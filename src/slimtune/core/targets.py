@@ -65,11 +65,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def heads(model: nn.Module) -> set[str]:
-    """Return the paths of output heads: the output embedding, and linears beside the body of a transformers model."""
+    """Return the paths of output heads: the output embedding, linears beside the body of a transformers model, and what its checkpoint lacked."""
+    from slimtune.core.fresh import fresh_modules
     from slimtune.core.placing import base_modules
 
-    found: set[str] = set()
     modules = base_modules(model)  # what carries a hundred adapters has many more modules
+    found: set[str] = set()
     get = getattr(model, "get_output_embeddings", None)
     out = get() if callable(get) else None
     prefix = getattr(model, "base_model_prefix", "")
@@ -77,7 +78,7 @@ def heads(model: nn.Module) -> set[str]:
     for path, module in modules.items():
         if (out is not None and module is out) or (body is not None and path and path.split(".")[0] != prefix):
             found.add(path)
-    return found or {path for path in modules if any(path == h or path.startswith(f"{h}.") for h in HEADS)}
+    return fresh_modules(model, modules) | (found or {path for path in modules if any(path == h or path.startswith(f"{h}.") for h in HEADS)})
 
 
 def candidates(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from collections import Counter
 
 from torch import nn
 
+from slimtune.core.fresh import fresh_modules
 from slimtune.core.mixing import base_class
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter
@@ -42,8 +43,9 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def settled(spec: Spec, model: nn.Module) -> Spec:
-    """Return a spec with a model's head in place of "auto"; a head that the spec adapts itself is not trained a second time."""
-    heads = task_heads(model)
+    """Return a spec with a model's head in place of "auto", and with it whatever else the model's checkpoint lacked; a head that the spec adapts
+    itself is not trained a second time."""
+    heads = tuple(dict.fromkeys((*task_heads(model), *sorted(fresh_modules(model)))))
     if heads:
         adapted = {site.path for part in spec.parts() for site in part.sites(model)}
         heads = tuple(path for path in heads if path not in adapted)
@@ -53,13 +55,16 @@ def settled(spec: Spec, model: nn.Module) -> Spec:
 def said(model: nn.Module, adapter: Adapter) -> list[str]:
     """Return what a report says about the head of a model that classifies: it trains, it came with the adapter, or it stays as it is."""
     left, full, live = [], 0, False
-    held = []
-    for path in task_heads(model):
+    held, lost = [], []
+    new = fresh_modules(model)
+    for path in dict.fromkeys((*task_heads(model), *sorted(new))):
         ops = [op for (p, _), op in adapter.ops.items() if p == path]
-        if not ops:
+        if not any(op.method == "dense" for op in ops) and path in new:
+            lost.append(f"`{path}`")
+        elif not ops:
             left.append(f"`{path}`")
         elif all(op.method == "dense" for op in ops):
-            held.append(f"`{path}`")
+            held.append(f"`{path}`" + (" (new: not in the checkpoint)" if path in new else ""))
             full += sum(p.numel() for op in ops for p in op.parameters())
             live = live or any(p.requires_grad for op in ops for p in op.parameters())
     notes = []
@@ -67,6 +72,11 @@ def said(model: nn.Module, adapter: Adapter) -> list[str]:
         one = len(held) == 1
         does = ("trains" if one else "train") if live else ("belongs to the adapter" if one else "belong to the adapter")
         notes.append(f"head{'' if one else 's'} {', '.join(held)} {does} in full: {full:,} parameters")
+    if lost:
+        notes.append(
+            f"{', '.join(lost)} is random, since the checkpoint has no such weights, and is not in this adapter: it will fit a model that was made "
+            'under the same seed only (train_modules="auto" puts it into the adapter)'
+        )
     if left:
         notes.append(
             f'head{"" if len(left) == 1 else "s"} {", ".join(left)} not in this adapter: frozen as the base has it (train_modules="auto" trains it)'

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimtune.core.elsewhere import at_hand, whole
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
 from slimtune.core.finite import non_finite
+from slimtune.core.fresh import fresh_modules
 from slimtune.core.placing import check_free, install, kind_at, put_to_use
 from slimtune.core.report import Report, make_report
 from slimtune.core.spec import Spec
@@ -353,12 +354,21 @@ def _trained(about: dict[str, Any] | None) -> tuple[int, int | None]:
 
 
 def _same_base(model: nn.Module, about: dict[str, Any], places: list[Place], folder: Path, allowed: frozenset[str]) -> list[str]:
-    saved = Fingerprint.from_dict(about["fingerprint"])
-    differences = saved.compare(fingerprint(model, without=_full(places)))
+    saved, now = Fingerprint.from_dict(about["fingerprint"]), fingerprint(model, without=_full(places))
+    differences = saved.compare(now)
     if not differences:
         return []
     if "base" in allowed:
         return [f"made for another base: {d}" for d in differences[:4]]
+    new = sorted({path for name in saved.moved(now) for path in fresh_modules(model) if name.startswith(f"{path}.")})
+    if new and all(name.startswith(tuple(f"{path}." for path in new)) for name in saved.moved(now)):
+        raise MismatchError(
+            f"{', '.join(new)} of this model is random, since its checkpoint has no such weights; the adapter was trained beside other values, "
+            "which its file does not hold",
+            where=str(folder),
+            hint="build the model under the seed of that run (torch.manual_seed before from_pretrained), load the adapter and "
+            "st.merge(model, out=...) to keep the two together; or train again: train_modules='auto' puts such modules into the file",
+        )
     raise MismatchError(
         f"the adapter was made for another base model: {'; '.join(differences[:6])}",
         where=str(folder),

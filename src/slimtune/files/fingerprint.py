@@ -79,6 +79,13 @@ class Fingerprint:
                 out.append(f"{name}: {_counts(old)} when it was saved, {_counts(new)} here")
         return out or [*self._compare_values(now), *self._compare_buffers(now)]
 
+    def moved(self, now: Fingerprint) -> list[str]:
+        """Return the names of sampled weights that differ by more than rounding, [] where the structure does."""
+        if self.structure != now.structure or len(self.types) != len(now.types):
+            return []
+        samples = zip(now.names, self.types, now.types, self.values, now.values, strict=True)
+        return [name for name, a, b, x, y in samples if not {a, b} & {_UNSEEN, _QUANTISED} and _unequal(x, y, a, b)]
+
     def _compare_buffers(self, now: Fingerprint) -> list[str]:
         off = [
             name for name, old in self.buffers.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from slimtune.core.errors import MergeError
+from slimtune.core.fresh import LOADED
 
 
 class Exchange:
@@ -41,6 +42,8 @@ def install(module: nn.Module, **values: Tensor | None) -> Exchange:
         like = before if before is not None else next(iter(module.parameters(recurse=False)))
         dtype = like.dtype if like.is_floating_point() else value.dtype  # a new bias beside packed codes
         new[name] = nn.Parameter(value.detach().to(device=like.device, dtype=dtype), requires_grad=False)
+        if before is not None and LOADED in before.__dict__:
+            setattr(new[name], LOADED, before.__dict__[LOADED])
     exchange = Exchange(module, new)
     exchange()
     return exchange
