@@ -15,6 +15,7 @@ from slimtune.core.placing import check_free, install, put_to_use, uninstall
 from slimtune.core.plan import Plan, Which
 from slimtune.core.registry import spec_class
 from slimtune.core.report import Report, make_report
+from slimtune.core.scopes import opener
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
 from slimtune.core.task_head import settled
@@ -168,10 +169,17 @@ def detach(model: nn.Module, name: str) -> None:
 
 
 class Use:
-    """What `use` returns: nothing to do to keep its effect; in a `with` statement the effect ends with the block."""
+    """What `use` returns: nothing to do to keep its effect; in a `with` statement the effect ends with the block.
 
-    def __init__(self, state: State, plan: Plan, before: dict[str, bool]) -> None:
-        self._state, self._plan, self._before = state, plan, before
+    It carries its plan: called, it runs the model under it in any thread, where a block of another thread does not show.
+
+    Example:
+        >>> with st.use(model, "support") as support:  # doctest: +SKIP
+        ...     Thread(target=support.generate, kwargs=batch).start()
+    """
+
+    def __init__(self, model: nn.Module, state: State, plan: Plan, before: dict[str, bool]) -> None:
+        self._model, self._state, self._plan, self._before = model, state, plan, before
         self._leave: list[Callable[[], None]] = []
 
     def __enter__(self) -> Use:
@@ -180,8 +188,31 @@ class Use:
             if name in self._state.adapters:
                 self._state.adapters[name].set_live(live)
         self._before = {}
-        self._leave.append(self._state.enter(self._plan))
+        self._leave.append(self._state.enter(self._plan, opener(1)))
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward under this plan."""
+        return self.run(self._model, *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's `generate` under this plan."""
+        return self.run(self._model.generate, *args, **kwargs)  # type: ignore[arg-type]
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what a function returns under this plan.
+
+        Raises:
+            NoSuchAdapter, MergeError: an adapter of the plan has gone, or something is merged.
+        """
+        self._state.check(self._plan)
+        if self._state.merged:
+            raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
+        leave = self._state.enter(self._plan)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            leave()
 
     def __exit__(self, *exc: object) -> None:
         self._leave.pop()()
@@ -234,7 +265,7 @@ def use(model: nn.Module, which: Which = UNSAID, *, rows: Sequence[Which] | None
         if live != adapter.live:
             before[name] = adapter.live
             adapter.set_live(live)
-    handle = Use(state, plan, before)
+    handle = Use(model, state, plan, before)
     state.set_default(plan, handle)
     return handle
 
@@ -257,7 +288,7 @@ class disabled:
             from slimtune.algebra.merge import lifted
 
             self._undo.append(lifted(self._model))
-        self._undo.append(self._state.enter(Plan.of(None)))
+        self._undo.append(self._state.enter(Plan.of(None), opener(1)))
         return self
 
     def __exit__(self, *exc: object) -> None:

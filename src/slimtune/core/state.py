@@ -10,22 +10,23 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import NoSuchAdapter, PlanError, SiteError, closest
-from slimtune.core.op import Op
+from slimtune.core.op import Op, changes
 from slimtune.core.plan import Plan
+from slimtune.core.scopes import Block, Held, last_open
 from slimtune.core.stepping import watch
 
 if TYPE_CHECKING:
     from slimtune.core.spec import Spec
 
 BARE = Plan.of(None)
-_SCOPE: ContextVar[Mapping[Any, Plan]] = ContextVar("slimtune_plans", default=MappingProxyType({}))
+_SCOPE: ContextVar[Mapping[Any, Block]] = ContextVar("slimtune_plans", default=MappingProxyType({}))
 
 
 class Adapter:
@@ -51,6 +52,11 @@ class Adapter:
         self.steps = 0
         self.total_steps: int | None = None
 
+    _holders: tuple[Any, list[dict[str, nn.Parameter | None]]] = (None, [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_holders"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         watch(self)
@@ -63,12 +69,24 @@ class Adapter:
         """Switch the gradients of this adapter's parameters; those that the user has frozen by hand stay frozen."""
         if live == self.live:
             return
+        was, self.live, self.placed = self.live and self.placed, live, True
+        params = self._flat()
+        if not self.frozen and (not was or all([p.requires_grad for p in params])):
+            for p in params:  # a server comes by here twice for each adapter and batch
+                p.requires_grad_(live)
+            return
         named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
-        if self.live and self.placed:
+        if was:
             self.frozen = {at for at, p in named.items() if not p.requires_grad}
-        self.live, self.placed = live, True
         for at, p in named.items():
             p.requires_grad_(live and at not in self.frozen)
+
+    def _flat(self) -> list[nn.Parameter]:
+        """Return the parameters; which modules hold them is looked up again only when an op has changed."""
+        key = (len(self.ops), changes())
+        if self._holders[0] != key:
+            self._holders = (key, [m._parameters for op in self.ops.values() for m in op.modules()])
+        return [p for held in self._holders[1] for p in held.values() if p is not None]
 
     def thaw(self) -> None:
         """Forget what the user has frozen by hand, if that is all of it."""
@@ -88,6 +106,8 @@ class State:
         self.merged_plan: Plan | None = None
         self.latest = BARE  # what compiled code reads
         self.writes_over = False  # some module of the model writes over its input (inplace=True), so outputs cannot be kept for backward
+        self.unreached: set[str] = set()  # modules with ops that no forward has called yet, until the first one of the whole model is over
+        self.bypassed: set[str] = set()  # those that it did not call (see `core.reach`)
         self.scoped_grad = False  # a `with` block has run a forward that records gradients
         self.tasks: Tensor | None = None  # task of each row, said outside of any block (see `core.tasks`)
         self.block_tasks: Tensor | None = None  # the same, of the block entered last: what compiled code reads
@@ -97,9 +117,10 @@ class State:
 
     def _init_runtime(self) -> None:
         self._lock = threading.Lock()
+        self._held = Held()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
+        state = {k: v for k, v in self.__dict__.items() if k not in {"_lock", "_held"}}
         state["_defaults"], state["_entered"] = [(self.default, None)], []
         state["latest"], state["block_tasks"] = self.default, None
         return state
@@ -117,10 +138,10 @@ class State:
         """Return the plan in force here and now."""
         if torch.compiler.is_compiling():
             return self.latest
-        plan = _SCOPE.get().get(self)
-        if plan is not None:
+        block = self.block()
+        if block is not None:
             self.scoped_grad = self.scoped_grad or torch.is_grad_enabled()
-            return plan
+            return block.plan
         if self.scoped_grad and torch._C._current_graph_task_id() != -1:
             # A checkpointed region is being recomputed outside of the block it was first run in.
             raise PlanError(
@@ -147,7 +168,14 @@ class State:
 
     def in_block(self) -> bool:
         """Tell whether a `with` block of this model is open in this context."""
-        return self in _SCOPE.get()
+        return self.block() is not None
+
+    def block(self) -> Block | None:
+        """Return the block in force here and now."""
+        block = _SCOPE.get().get(self)
+        if block is not None and not block.open:
+            block = last_open(block)
+        return self._held.in_force(block) if self._held else block
 
     def withdraw(self, handle: Any) -> None:
         """Take back the default that `handle` set."""
@@ -155,16 +183,29 @@ class State:
             self._defaults = [(p, h) for p, h in self._defaults if h is None or h() is not handle] or [(BARE, None)]
             self._refresh()
 
-    def enter(self, plan: Plan) -> Callable[[], None]:
-        """Put `plan` into force in this context; the function returned takes it back."""
-        token = _SCOPE.set({**_SCOPE.get(), self: plan})
+    def enter(self, plan: Plan, frame: FrameType | None = None) -> Callable[[], None]:
+        """Put `plan` into force in this context; the function returned takes it back, wherever it is called.
+
+        Args:
+            frame: of the generator that does so (see `core.scopes`).
+        """
+        block = Block(plan, last_open(_SCOPE.get().get(self)), self._held.on_stack() if self._held else None)
+        _SCOPE.set({**_SCOPE.get(), self: block})
         with self._lock:
+            if frame is not None:
+                self._held.add(frame, block)
             self._entered.append(plan)
             self._refresh()
 
         def leave() -> None:
-            _SCOPE.reset(token)
+            block.open = False
+            here = _SCOPE.get()
+            if here.get(self) is block:
+                before = last_open(block.before)
+                _SCOPE.set({k: v for k, v in here.items() if k is not self} | ({} if before is None else {self: before}))
             with self._lock:
+                if frame is not None:
+                    self._held.drop(frame, block)
                 for i in reversed(range(len(self._entered))):
                     if self._entered[i] is plan:
                         del self._entered[i]

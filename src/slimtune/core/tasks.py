@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import MappingProxyType
@@ -46,7 +47,8 @@ class tasks:
 
     def __exit__(self, *exc: object) -> None:
         token, self._state.block_tasks = self._tokens.pop()
-        _SCOPE.reset(token)
+        with contextlib.suppress(ValueError):  # closed in another context than it was opened in, which ends with it
+            _SCOPE.reset(token)
 
 
 def _read(ids: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from slimtune.core.errors import PlanError
 from slimtune.core.host import KeepPlan
 from slimtune.core.mixing import generalise, specialise
 from slimtune.core.plan import Plan
+from slimtune.core.scopes import RemembersBlock
 from slimtune.core.state import State
 from slimtune.ports import transformers_internals as internals
 from slimtune.ports.generating import cached_tokens, check_generation, prompting
@@ -49,9 +50,15 @@ class Rooted:
         """Tell whether a class has anything that must be done here."""
         return hasattr(base, "generate") or hasattr(base, "_set_gradient_checkpointing")
 
+    @RemembersBlock
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the plan's rows repeated for beams and returned sequences."""
         plan = self.slim_state.current()
+        if plan.size is not None:  # before it may be expanded: 4 prompts under 2 rows are a mistake, not beams
+            given = [args[0] if args else None, internals.main_input(self, (), kwargs)[1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))]  # type: ignore[arg-type]
+            prompts = next((t for t in given if isinstance(t, Tensor)), None)
+            if prompts is not None:
+                plan.check_batch(prompts.shape[0], "generate", type(self).__name__)
         leave = self.slim_state.enter(plan.expanded()) if plan.names else None
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -97,7 +104,7 @@ def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     key, main = internals.main_input(model, args, kwargs)
     if isinstance(main, Tensor):
-        plan.selectors(main.shape[0], main.device, "(the model)", type(model).__name__)
+        plan.check_batch(main.shape[0], "(the model)", type(model).__name__)
     ids = kwargs.get("input_ids", main if key == "input_ids" else None)
     if isinstance(ids, Tensor) and any(name.startswith(("pixel_values", "input_features", "image_", "audio_")) for name in kwargs):
         _check_media(model, plan, ids)

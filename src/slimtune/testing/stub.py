@@ -32,7 +32,7 @@ from typing import Any, Literal
 def stub() -> str:
     """Return the text of the file."""
     classes = [slimtune.methods()[name] for name in own_methods()]
-    homes = {home: [f"{name} as {name}" for name in names] for home, names in slimtune._HOME.items()}
+    homes = {home: [f"{name} as {name}" for name in names] for home, names in vars(slimtune)["_HOME"].items()}
     for cls in classes:
         homes.setdefault(cls.__module__, []).append(f"{cls.__name__} as _{cls.__name__}")
     homes["slimtune.version"] = ["__version__ as __version__"]
