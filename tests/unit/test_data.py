@@ -92,10 +92,26 @@ def test_chats_with_the_generation_keyword_give_the_same_mask(tmp_path: Path) ->
     assert load(path, words=plain).train[0] == load(path, words=marked).train[0]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    forgetful = "{% for m in messages %}{{ m.role }}: {% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}\n{% endfor %}"
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        load(jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), words=tokenizer(forgetful))
+def test_a_template_that_rewrites_earlier_turns_gives_one_example_for_each_answer(tmp_path: Path) -> None:
+    forgetful = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role != 'assistant' or loop.last %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words = tokenizer(forgetful)
+    data = load(jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), words=words)
+    assert [learned(words, e) for e in data.train] == ["great tea<|im_end|>", "stale<|im_end|>"]
+    before = words.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
+    assert whole(words, data.train[1]).rstrip() == before + "stale<|im_end|>"  # what the model sees when it writes the second answer
+    assert len(data.raw["train"]) == 2
+    assert "1 conversations give 2 examples" in " ".join(data.notes)
+
+
+def test_an_answer_that_the_template_cannot_write_after_its_own_header_is_refused_and_the_hint_works(tmp_path: Path) -> None:
+    opened = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    with pytest.raises(DataError, match="rewrites earlier turns") as caught:
+        load(jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), words=tokenizer(opened))
+    assert "prompt and completion" in caught.value.hint
+    load(jsonl(tmp_path / "b.jsonl", [{"prompt": "assistant: <think>", "completion": "</think>stale"}]), words=tokenizer(opened))
 
 
 def test_a_template_that_refuses_and_a_missing_one_say_so(tmp_path: Path) -> None:
@@ -283,8 +299,12 @@ BAD = {
     "null": ('{"prompt": "a", "completion": "b"}\n{"prompt": null, "completion": "b"}\n', "row 2: 'prompt' is missing"),
     "empty completion": ('{"prompt": "a", "completion": ""}\n', "row 1: 'completion' is empty"),
     "numbers for text": ('{"text": 3}\n', "row 1: 'text' is 3, not text"),
-    "fractions as labels": ('{"text": "a", "label": 1.5}\n', "row 1: the label 1.5"),
-    "a list as label": ('{"text": "a", "label": [1]}\n', "row 1: the label is list"),
+    "a score among words": ('{"text": "a", "label": "x"}\n{"text": "b", "label": 0.5}\n', "row 2: 'label' is a number"),
+    "numbers and their texts": ('{"text": "a", "label": 1}\n{"text": "b", "label": "1"}\n', "row 2: 'label' is text, but in row 1 it is a number"),
+    "an object as label": ('{"text": "a", "label": {"b": 1}}\n', "row 1: the label is"),
+    "NaN as label": ('{"text": "a", "label": 1}\n{"text": "a", "label": NaN}\n', "^row 2: the label is nan"),
+    "a key twice": ('{"text": "a", "text": "b"}\n', "row 1 .*the key 'text' is there twice"),
+    "half a character": ('{"text": "\\ud83d"}\n', "row 1 holds half of a character"),
     "one label": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', "same label"),
     "no role": ('{"messages": [{"content": "a"}]}\n', "message 1 has no 'role'"),
     "odd role": ('{"messages": [{"role": "robot", "content": "a"}]}\n', "role 'robot'"),

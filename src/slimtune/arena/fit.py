@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def baseline(job: Job, who: Contender, seen: int) -> dict[str, Any]:
     return {"valid": 0.0, "score": value, "trainable": 0, "bytes": 0}  # nothing to choose
 
 
-def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[str, str]], test_rows: list[Any]) -> float:
+def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[str, str]], test_rows: Sequence[Any]) -> float:
     """Return the accuracy of a logistic regression, trained to its optimum, on what the frozen model gives a head: a head alone.
 
     That is the input of a classifier's head, and the last hidden state at the end of the prompt of a causal model.

@@ -13,6 +13,7 @@ def run(run_dir: str, model: str | None = None) -> None:
         model: the base of an adapter's folder; None: the one that it names.
     """
     from slimtune.cli.open_adapter import open_trained
+    from slimtune.train.plain import plain_lines
     from slimtune.train.speak import speak
 
     opened = open_trained(run_dir, model)
@@ -30,6 +31,6 @@ def run(run_dir: str, model: str | None = None) -> None:
         turns = [*turns, {"role": "user", "content": line}] if job.chats else []
         tokens = job.turn_tokens(turns) if job.chats else job.prompt_tokens(line)
         print("model> ", end="", flush=True)
-        answer = speak(job, tokens, LONGEST, show=lambda piece: print(piece, end="", flush=True))
+        answer = speak(job, tokens, LONGEST, show=lambda piece: print(plain_lines(piece), end="", flush=True))
         print()
         turns = [*turns, {"role": "assistant", "content": answer}]

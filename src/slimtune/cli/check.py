@@ -98,15 +98,16 @@ def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
 
 def data_lines(prepared: Prepared) -> list[tuple[str, str]]:
     """Return (heading, text) lines about the rows."""
+    from slimtune.train.data import answers_text
+    from slimtune.train.tables import token_counts
+
     data = prepared.data
     lines = []
     for name, rows in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if rows is not None:
-            lengths = sorted(map(len, rows["input_ids"]))
+            lengths = sorted(token_counts(rows))
             lines.append(f"{name} {len(rows):,} rows, {sum(lengths):,} tokens (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})")
-    answers = data.labels or data.candidates
-    if answers:
-        lines.append(f"answers: {', '.join(a.strip() for a in answers[:8])}{', ...' if len(answers) > 8 else ''}")
+    lines += [text for text in [answers_text(data, prepared.task)] if text]
     lines += [f"note: {note}" for note in data.notes]
     return [("data", f"format {data.format}"), *(("", text) for text in lines)]
 
@@ -121,9 +122,11 @@ def count_steps(recipe: Recipe, rows: int, processes: int = 1) -> int:
 
 def steps_text(recipe: Recipe, prepared: Prepared) -> str:
     """Return one line about steps, tokens and the learning rate."""
+    from slimtune.train.tables import token_counts
+
     rows = len(prepared.data.train)
     steps = count_steps(recipe, rows)
-    tokens = sum(map(len, prepared.data.train["input_ids"]))
+    tokens = sum(token_counts(prepared.data.train))
     seen = steps * recipe.batch_size * recipe.accumulate / rows
     warmup = int(recipe.warmup) if recipe.warmup >= 1 else round(recipe.warmup * steps)
     return (

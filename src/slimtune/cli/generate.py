@@ -15,6 +15,7 @@ def run(run_dir: str, prompts: list[str], max_new_tokens: int, model: str | None
         model: the base of an adapter's folder; None: the one that it names.
     """
     from slimtune.cli.open_adapter import open_trained
+    from slimtune.train.plain import plain_lines
     from slimtune.train.speak import speak
 
     if not prompts and not sys.stdin.isatty():
@@ -24,5 +25,5 @@ def run(run_dir: str, prompts: list[str], max_new_tokens: int, model: str | None
     ready = [opened.job.prompt_tokens(p) for p in prompts] or [opened.job.prompt_of(r) for r in opened.job.held_out()[:3]]
     for tokens in ready:
         if len(ready) > 1 or not prompts:
-            print("> " + opened.job.text(tokens).strip().replace("\n", "\n> "))
-        print(speak(opened.job, tokens, max_new_tokens).strip() + ("\n" if len(ready) > 1 else ""), flush=True)
+            print("> " + plain_lines(opened.job.text(tokens)).strip().replace("\n", "\n> "))
+        print(plain_lines(speak(opened.job, tokens, max_new_tokens)).strip() + ("\n" if len(ready) > 1 else ""), flush=True)

@@ -47,6 +47,8 @@ def show_data(path: Path, overrides: list[str], count: int, split: str) -> None:
     from slimtune.train.load_recipe import load_recipe
     from slimtune.train.models import decide_task, load_config, load_tokenizer, max_positions, resolve_model
     from slimtune.train.new_tokens import extend_tokenizer
+    from slimtune.train.plain import plain
+    from slimtune.train.problems import PROBLEMS
 
     console = Console(highlight=False, soft_wrap=True)
     recipe = load_recipe(path, overrides)
@@ -64,14 +66,14 @@ def show_data(path: Path, overrides: list[str], count: int, split: str) -> None:
         labels = list(example["labels"]) if "labels" in example else [-100] * len(ids)
         learned = sum(label != -100 for label in labels)
         title = f"{split} example {i + 1}: {len(ids)} tokens, " + (
-            f"{learned} with loss" if task == "causal_lm" else f"label {read.labels[example['label']]}"
+            f"{learned} with loss" if task == "causal_lm" else f"label {plain(PROBLEMS[read.format].words(example['label'], read.labels))}"
         )
         console.print(Text(title, style="bold"))
         console.print(paint(tokenizer, ids, labels, plain=console.color_system is None))
         console.print()
     legend = Text.assemble(("green", "black on green"), " = with loss, ", ("grey", "dim"), " = read only, | parts the tokens, ⏎ is a line break")
     console.print(legend if console.color_system else Text("[...] = with loss, the rest is read only; | parts the tokens, ⏎ is a line break"))
-    for note in notes:
+    for note in [*read.notes, *notes]:
         console.print(f"note: {note}", markup=False)
 
 
@@ -85,6 +87,8 @@ def paint(tokenizer: Any, ids: list[int], labels: list[int], plain: bool) -> Tex
     """
     from rich.text import Text
 
+    from slimtune.train.plain import plain as shown
+
     text = Text()
     runs: list[tuple[bool, list[int]]] = []
     for token, label in zip(ids, labels, strict=True):
@@ -93,7 +97,7 @@ def paint(tokenizer: Any, ids: list[int], labels: list[int], plain: bool) -> Tex
             runs.append((learned, []))
         runs[-1][1].append(token)
     for learned, run in runs:
-        words = [tokenizer.decode([token]).replace("\n", "⏎") for token in run]
+        words = [shown(tokenizer.decode([token]).replace("\n", "⏎")) for token in run]
         if plain:
             body = "|".join(words)
             text.append(f"[{body}]" if learned else body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def answer_of(example: Mapping[str, Any]) -> Tokens:
     return tuple(t for t in example["labels"] if t != IGNORE)
 
 
-def token_candidates(examples: Sequence[Mapping[str, Any]], decode: Callable[[Tokens], str]) -> Candidates | None:
+def token_candidates(examples: Iterable[Mapping[str, Any]], decode: Callable[[Tokens], str]) -> Candidates | None:
     """The distinct answers of a data set whose answers are a choice among few, as tokens; None if they cannot be compared.
 
     Args:
@@ -55,7 +55,7 @@ def token_candidates(examples: Sequence[Mapping[str, Any]], decode: Callable[[To
         answer = answer_of(e)
         counts[answer] = counts.get(answer, 0) + 1
     answers = sorted(counts, key=lambda a: (-counts[a], a))
-    prefix = _common(answers)
+    prefix = _common(answers) if answers else ()
     if len(answers) < 2 or any(len(a) == len(prefix) for a in answers):
         return None
     suffix = _common([a[len(prefix) :][::-1] for a in answers])[::-1]

@@ -6,26 +6,25 @@ Decisions, the same everywhere:
 - A too long row loses part of its prompt (the review, not the template around it), never of its completion; a chat loses its
   oldest turns. A row whose completion alone does not fit is left out and counted in `notes`.
 - Samples (`limit_*`, the held-out rows) do not depend on the seed.
+- Whatever of a row is not used is named in `notes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slimtune.core.errors import DataError
-from slimtune.train.examples import Maker, maker
-from slimtune.train.formats import (
-    MANY,
-    Format,
-    check_labels,
-    find_candidates,
-    find_labels,
-    normalise,
-    recognise,
-)
+from slimtune.train.examples import Example, Maker, maker
+from slimtune.train.formats import MANY, alike, check_labels, find_candidates, find_labels, message_keys, normalise
+from slimtune.train.plain import plain
+from slimtune.train.problems import PROBLEMS
 from slimtune.train.read import SPLITS, Source, hold_out, read_splits, sample
-from slimtune.train.tokens import Encoder
+from slimtune.train.render import template_of
+from slimtune.train.shapes import CHAT, CLASS, PAIR, SCORE, recognise
+from slimtune.train.tables import write_table
+from slimtune.train.tokens import IGNORE, Encoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +32,17 @@ if TYPE_CHECKING:
 
     from slimtune.train.models import Task
     from slimtune.train.recipe import Recipe
+
+_OURS = {"role", "content", "train", "tool_calls", "tool_call_id"}  # keys of a message that are dealt with here
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run knows of the data that it was trained on: their format, classes, and answers (None: not known)."""
+
+    format: str
+    labels: list[str]
+    candidates: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,19 @@ class Rows:
     Attributes:
         splits: "train", and "valid" / "test" where there are any: columns by our names.
         sources: where each came from, for messages.
-        format: which of the four shapes.
-        labels: the classes (text + label only), in the order of their indices.
+        format: messages | prompt+completion | text+label | text+labels | text+score | text.
+        labels: the classes (where there are any), in the order of their indices.
+        notes: what is not used, and what looks odd.
+        digests: split -> SHA-256 of its rows as they are used.
     """
 
     splits: dict[str, Dataset]
     sources: dict[str, Source]
-    format: Format
+    format: str
     labels: list[str]
+    notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    candidates: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,45 +72,81 @@ class DataBundle:
     """Tokenised data.
 
     Attributes:
-        train, valid, test: columns input_ids, labels (causal LM), label (index into `labels`, where there are any).
-        format: messages | prompt+completion | text+label | text.
+        train, valid, test: columns input_ids, labels (causal LM), label (index into `labels`, marks or a score, where there are any);
+            train is empty where a finished run is measured.
+        format: messages | prompt+completion | text+label | text+labels | text+score | text.
         labels: class names by index; empty if the data have none.
-        candidates: the possible completions, if they are a choice among at most 20; in the order of `labels` if there are any.
+        candidates: the possible completions, if they are a choice among few, or classes; in the order of `labels` if there are any.
+        answers: the tokens of each candidate.
         raw: split -> the rows in words, in the same order as the tokenised ones.
         max_length: tokens per example at most.
-        notes: what was shortened or left out, one sentence each.
+        notes: what was shortened, left out or is not used, one sentence each.
+        digests: split -> SHA-256 of its rows as they are used.
     """
 
     train: Dataset
     valid: Dataset | None
     test: Dataset | None
-    format: Format
+    format: str
     labels: list[str]
     candidates: list[str] | None
+    answers: list[list[int]]
     raw: dict[str, Dataset]
     max_length: int
     notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
-def read_rows(recipe: Recipe) -> Rows:
+def read_rows(recipe: Recipe, trained: Trained | None = None) -> Rows:
     """Read, recognise, check and sample the rows of every split.
+
+    Args:
+        recipe: what to read.
+        trained: of a finished run that is to be measured: then only the held-out rows are read, and its classes hold.
 
     Raises:
         DataError: see `read_splits`, `recognise`, `normalise` and `check_labels`.
     """
-    sources = read_splits(recipe)
-    format = recognise(sources["train"], recipe)
-    splits = {split: normalise(source, format, recipe) for split, source in sources.items()}
-    labels = find_labels(splits["train"], sources["train"]) if format == "text+label" else []
+    sources = read_splits(recipe, "train" if trained is None else "")
+    if trained is not None:
+        held = next((split for split in ("test", "valid") if split in sources), None)
+        sources = {held: sources[held]} if held is not None else {"train": sources["train"]}
+    first = sources.get("train") or next(iter(sources.values()))
+    shape = recognise(first, recipe)
+    if trained is not None and shape.format != trained.format:
+        raise DataError(f"these rows are {shape.format}, and the run was trained on {trained.format}", where=first.name)
+    checked = {split: normalise(source, shape) for split, source in sources.items()}
+    splits = {split: c.rows for split, c in checked.items()}
+    notes = [f"read as {shape.said}"] if shape.said else []
+    for split, source in sources.items():
+        notes += [f"{split}: {note}" for note in source.notes]
+        if checked[split].unused:
+            notes.append(f"{split}: not used: {', '.join(map(plain, checked[split].unused))}")
+    labels = trained.labels if trained is not None else []
+    if trained is None and "label" in splits["train"].column_names and shape.format != SCORE:
+        labels = find_labels(splits["train"], sources["train"])
+        notes += alike(labels)
+        notes += _numbers(labels, shape.format)
     for split, rows in splits.items():
-        if labels and split != "train":
+        if labels and (split != "train" or trained is not None):
             check_labels(rows, labels, sources[split])
-    if "valid" not in splits:
-        rest, held = hold_out(Source(splits["train"], sources["train"].name), recipe.valid_fraction)
-        if held is not None and len(rest.rows):
-            splits["train"], splits["valid"], sources["valid"] = rest.rows, held.rows, held
+    if "valid" not in splits and "train" in splits:
+        rest, held_rows = hold_out(splits["train"], recipe.valid_fraction)
+        if held_rows is not None and len(rest):
+            splits["train"], splits["valid"] = rest, held_rows
+            sources["valid"] = Source(f"{sources['train'].name} (held out)", sources["train"].parts, (), ())
+    if trained is not None:
+        splits.pop("train", None)
     limits = {"train": recipe.limit_train, "valid": recipe.limit_valid, "test": recipe.limit_test}
-    return Rows({split: sample(splits[split], limits[split]) for split in SPLITS if split in splits}, sources, format, labels)
+    return Rows(
+        splits={split: sample(splits[split], limits[split]) for split in SPLITS if split in splits},
+        sources=sources,
+        format=shape.format,
+        labels=labels,
+        notes=notes,
+        digests={split: c.digest for split, c in checked.items()},
+        candidates=trained.candidates if trained is not None else None,
+    )
 
 
 def tokenise(rows: Rows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, task: Task, longest: int | None = None) -> DataBundle:
@@ -113,25 +164,27 @@ def tokenise(rows: Rows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tas
     """
     done: dict[str, Dataset] = {}
     raw: dict[str, Dataset] = {}
-    notes: list[str] = []
+    notes = [*rows.notes]
     for split in rows.splits:
         done[split], raw[split], said = tokenise_split(rows, split, recipe, tokenizer, task, longest)
-        notes += said
-    candidates = None
-    if task == "causal_lm" and 2 <= len(rows.labels) <= MANY:
+        notes += [note for note in said if note not in notes]
+    candidates = rows.candidates
+    if task == "causal_lm" and rows.format == CLASS:
         candidates = [recipe.completion_template.format(label=label) for label in rows.labels]
-    elif rows.format == "prompt+completion":
+    elif rows.format == PAIR and "train" in rows.splits:
         candidates = find_candidates(rows.splits["train"]["completion"])
     return DataBundle(
-        train=done["train"],
+        train=done["train"] if "train" in done else write_table([], _schema(rows.format, task)),
         valid=done.get("valid"),
         test=done.get("test"),
         format=rows.format,
         labels=rows.labels,
-        candidates=candidates,
+        candidates=candidates if task == "causal_lm" else None,
+        answers=_answers(rows, recipe, tokenizer, candidates, fit_length(recipe, longest)) if task == "causal_lm" and candidates else [],
         raw=raw,
         max_length=fit_length(recipe, longest),
         notes=notes,
+        digests=rows.digests,
     )
 
 
@@ -150,11 +203,15 @@ def tokenise_split(
         count: only the first so many rows (to look at them).
     """
     max_length = fit_length(recipe, longest)
-    make = maker(rows, recipe, Encoder(tokenizer), task, max_length)
+    encoder = Encoder(tokenizer)
+    make = maker(rows, recipe, encoder, task, max_length)
     dataset = rows.splits[split]
     if count is not None:
         dataset = dataset.select(range(min(count, len(dataset))))
-    return _map(dataset, make, rows.sources[split].name, split, max_length)
+    examples, words, notes = _map(dataset, make, rows, split, max_length, _schema(rows.format, task))
+    if rows.format == CHAT:
+        notes += _chat_notes(dataset, examples, encoder)
+    return examples, words, notes
 
 
 def fit_length(recipe: Recipe, longest: int | None) -> int:
@@ -168,43 +225,106 @@ def fit_length(recipe: Recipe, longest: int | None) -> int:
     return recipe.max_length or min(512, longest or 512)
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, task: Task, longest: int | None = None) -> DataBundle:
-    """Read and tokenise a recipe's data: `tokenise(read_rows(recipe), ...)`."""
-    return tokenise(read_rows(recipe), recipe, tokenizer, task, longest)
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, task: Task, longest: int | None = None, trained: Trained | None = None
+) -> DataBundle:
+    """Read and tokenise a recipe's data: `tokenise(read_rows(recipe, trained), ...)`."""
+    return tokenise(read_rows(recipe, trained), recipe, tokenizer, task, longest)
 
 
-def _map(dataset: Dataset, make: Maker, name: str, split: str, max_length: int) -> tuple[Dataset, Dataset, list[str]]:
+def answers_text(data: DataBundle, task: str) -> str:
+    """Return one line about what there is to answer: classes with their numbers, scores, or a choice among texts; "" of free text."""
+    if data.format == SCORE:
+        scores = [score for rows in data.raw.values() for score in rows["label"]]
+        return f"scores from {min(scores):g} to {max(scores):g}"
+    if task == "classification":
+        named = ", ".join(f"{i} = {plain(label)}" for i, label in enumerate(data.labels[:MANY]))
+        kind = "classes" if data.format == CLASS else "labels, any number of them at once"
+        return f"{len(data.labels)} {kind}: {named}{', ...' if len(data.labels) > MANY else ''}"
+    if data.candidates:
+        few = ", ".join(plain(a.strip()) for a in data.candidates[:8])
+        return f"answers: {few}{f', ... ({len(data.candidates)} in all)' if len(data.candidates) > 8 else ''}"
+    return "answers: free text (no choice among few), so there is a loss and no accuracy" if data.format == PAIR else ""
+
+
+def _numbers(labels: list[str], format: str) -> list[str]:
+    """Say it where classes look like scores."""
+    try:
+        fractions = sum(not float(label).is_integer() for label in labels)
+    except (ValueError, OverflowError):
+        return []
+    if format != CLASS or not fractions or len(labels) <= MANY:
+        return []
+    return [f"the labels are {len(labels)} different numbers, each taken for a class; `task: regression` reads them as scores"]
+
+
+def _schema(format: str, task: Task) -> Any:
+    import pyarrow as pa
+
+    kinds = {"int32": pa.int32(), "float": pa.float32(), "list<float>": pa.list_(pa.float32())}
+    ids = pa.list_(pa.int32())
+    if task == "classification":
+        return pa.schema([("input_ids", ids), ("label", kinds[PROBLEMS[format].stored])])
+    return pa.schema([("input_ids", ids), ("labels", ids), *([("label", pa.int32())] if format == CLASS else [])])
+
+
+def _answers(rows: Rows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, candidates: list[str], max_length: int) -> list[list[int]]:
+    """Return the tokens of each candidate as they follow the prompt of some row."""
+    if not rows.splits:
+        return []
+    words = next(iter(rows.splits.values()))
+    make = maker(rows, recipe, Encoder(tokenizer), "causal_lm", max_length)
+    found = []
+    for i, text in enumerate(candidates):
+        row = {"text": words[0]["text"], "label": rows.labels[i]} if rows.format == CLASS else {"prompt": words[0]["prompt"], "completion": text}
+        found += [[t for t in made["labels"] if t != IGNORE] for made, _ in make(row)]
+    return found
+
+
+def _chat_notes(dataset: Dataset, examples: Dataset, encoder: Encoder) -> list[str]:
+    notes = []
+    source = str(encoder.tokenizer.chat_template) if isinstance(encoder.tokenizer.chat_template, dict) else template_of(encoder, None)
+    unread = sorted(key for key in message_keys(dataset) - _OURS if key not in source)
+    if unread:
+        notes.append(f"keys of messages that the chat template does not read: {', '.join(map(plain, unread))}")
+    last = next((t for t in reversed(examples[0]["labels"]) if t != IGNORE), None)
+    if last not in set(encoder.tokenizer.get_added_vocab().values()) | set(encoder.tokenizer.all_special_ids):
+        notes.append("the chat template ends an answer with no special token (with loss), so the model does not learn where to stop")
+    return notes
+
+
+def _map(dataset: Dataset, make: Maker, rows: Rows, split: str, max_length: int, schema: Any) -> tuple[Dataset, Dataset, list[str]]:
     """Tokenise one split; return it with the rows it came from, and notes on what was lost."""
-    from datasets import Dataset as Table
-    from datasets import Features, List, Value
-
+    name = rows.sources[split].name
     kept: list[int] = []
-    notes: list[str] = []
-    columns: dict[str, list[Any]] = {}
     shortened = 0
-    for i, row in enumerate(dataset):
-        try:
-            made = make(row)
-        except DataError as error:
-            raise DataError(error.what, where=f"{name}, row {i + 1} of those used; {error.where}", hint=error.hint) from error
-        if made is None:
-            continue
-        example, cut = made
-        shortened += cut
-        kept.append(i)
-        for key, value in example.items():
-            columns.setdefault(key, []).append(value)
-    dropped = len(dataset) - len(kept)
+
+    def examples() -> Iterator[Example]:
+        nonlocal shortened
+        for i, row in enumerate(dataset):
+            try:
+                found = make(row)
+            except DataError as error:
+                raise DataError(error.what, where=f"{name}, row {i + 1} of those used; {error.where}", hint=error.hint) from error
+            for example, cut in found:
+                shortened += cut
+                kept.append(i)
+                yield example
+
+    table = write_table(examples(), schema)
     if not kept:
         raise DataError(
             f"no row fits into max_length: {max_length} tokens without cutting off its completion",
             where=name,
             hint="raise max_length",
         )
+    notes: list[str] = []
+    used = len(set(kept))
     if shortened:
         notes.append(f"{split}: {shortened} of {len(kept)} rows were shortened to max_length: {max_length} tokens")
-    if dropped:
-        notes.append(f"{split}: {dropped} of {len(dataset)} rows were left out: their completion alone exceeds max_length: {max_length}")
-    kinds = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "label": Value("int32")}
-    features = Features({key: kinds[key] for key in columns})
-    return Table.from_dict(columns, features=features), dataset.select(kept) if dropped else dataset, notes
+    if used < len(dataset):
+        left = len(dataset) - used
+        notes.append(f"{split}: {left} of {len(dataset)} rows were left out: their completion alone exceeds max_length: {max_length}")
+    if used < len(kept):
+        notes.append(f"{split}: {used} conversations give {len(kept)} examples, one for each answer: the chat template rewrites earlier turns")
+    return table, dataset.select(kept) if kept != list(range(len(dataset))) else dataset, notes

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 from transformers.trainer_callback import PrinterCallback
 
 import slimtune as st
-from slimtune.core.errors import RecipeError
+from slimtune.core.errors import DataError, RecipeError
 from slimtune.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, quantised_base
 from slimtune.train.checkpoint import PROGRESS, peak_bytes
 from slimtune.train.checkpoint_blocks import EVERY, checkpoint_blocks
@@ -33,9 +33,11 @@ from slimtune.train.recipe import Recipe
 from slimtune.train.report import duration, write_report
 from slimtune.train.runs import RunFolder, folder_bytes, read_json, run_alone, write_json, write_text
 from slimtune.train.stopping import StopOnSignal, Stopped
+from slimtune.train.tables import token_counts
 from slimtune.train.trainer import SlimTrainer
 
 BEFORE = "before.json"
+DATA = "data.json"  # split -> SHA-256 of its rows
 Say = Callable[[str], None]
 
 
@@ -112,8 +114,10 @@ def _train(recipe: Recipe, folder: RunFolder, resume: bool, say: Say, main: bool
         _same_recipe(recipe, folder)
     set_seed(recipe.seed)  # a classifier's new head is random
     job = load_job(recipe, say=say)
+    same_data(folder, job.bundle.digests, resume)
     if main:
         write_text(folder.recipe, recipe.dump())
+        write_json(folder.path / DATA, job.bundle.digests)
         write_json(folder.environment, environment())
     spec = job.spec()
     if spec is not None:
@@ -232,7 +236,7 @@ def _trainer(job: Job, folder: RunFolder, checkpoint: Path | None, main: bool) -
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     # The order is cut into whole optimiser steps, so it does not depend on how a step is split over processes and micro-batches.
-    lengths = [len(ids) for ids in rows["input_ids"]] if recipe.group_by_length else [1] * len(rows)
+    lengths = token_counts(rows) if recipe.group_by_length else [1] * len(rows)
     order = LengthGroupedSampler(lengths, recipe.batch_size * recipe.accumulate * processes, recipe.seed)
     step = int(read_json(checkpoint / PROGRESS)["step"]) if checkpoint else 0
     callbacks: list[TrainerCallback] = [ProgressCallback()]
@@ -273,6 +277,25 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
             where=str(folder.path),
             problems=changed,
             hint=f"resume with: slimtune train {folder.recipe} --resume",
+        )
+
+
+def same_data(folder: RunFolder, digests: dict[str, str], resume: bool) -> None:
+    """Check that a run which goes on has the rows that it began with.
+
+    Raises:
+        DataError: it has others.
+    """
+    kept = folder.path / DATA
+    if not resume or not kept.is_file():  # 0.1.0 wrote none
+        return
+    earlier = read_json(kept)
+    changed = [split for split in sorted({*earlier, *digests}) if earlier.get(split) != digests.get(split)]
+    if changed:
+        raise DataError(
+            f"the rows have changed since this run began: {', '.join(changed)}",
+            where=str(folder.path),
+            hint="put the earlier files back to resume, or train on the new ones in a new folder: out=FOLDER without --resume",
         )
 
 

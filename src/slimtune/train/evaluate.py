@@ -2,7 +2,9 @@
 
 When the answers of a data set come from a small set ("great" / "other"), the model's answer is the candidate it finds most
 likely after the prompt. One forward over prompt + right answer gives loss and answer together when the candidates differ in a
-single token; otherwise every candidate is scored by the sum of its log-probabilities. Rows are sorted by length, so little is padding.
+single token; otherwise every candidate is scored by the sum of its log-probabilities. Of more than 20 candidates the answer is written
+token by token, the likeliest each time among those that still lead to a candidate: a few forwards a row, however many there are.
+Rows are sorted by length, so little is padding.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimtune.train.candidates import Candidates, answer_of
+from slimtune.train.formats import MANY
 from slimtune.train.loss import logits_at, supervised
+from slimtune.train.problems import PROBLEMS, problem_of, targets_of
+from slimtune.train.shapes import CLASS
 from slimtune.train.tokens import IGNORE
 
+_SHOWN = 100  # a table of more classes is no figure that anybody reads, and grows with their square
 Advance = Callable[[int], None]
 Answer = tuple[int, float]  # which label, and its lead over the next
 
@@ -39,6 +45,8 @@ class Evaluation:
         margins: by how much each answer's log-probability leads over the next best, in nats.
         predictions: index into `labels` of each example's answer, in the order of the data.
         tokens: how many tokens the loss is a mean of (causal LM).
+        others: further figures by name (several labels at once, scores).
+        words: each example's answer in words, where it is not one of `labels`.
     """
 
     examples: int
@@ -50,6 +58,8 @@ class Evaluation:
     predictions: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     tokens: int = 0
+    others: dict[str, float] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float | None:
@@ -59,6 +69,7 @@ class Evaluation:
     def figures(self) -> dict[str, float]:
         """The scalars by name: accuracy first if there is one; perplexity of free text only (of a choice it says nothing)."""
         found = {"accuracy": self.accuracy, "macro F1": self.macro_f1, "loss": self.loss}
+        found = {**self.others, **found}
         if self.accuracy is None:
             found["perplexity"] = self.perplexity
         return {k: v for k, v in found.items() if v is not None}
@@ -88,7 +99,7 @@ def _mine(n: int) -> list[int]:
     return list(range(n))
 
 
-def _together(total: float, tokens: int, predicted: dict[int, Answer]) -> tuple[float, int, dict[int, Answer]]:
+def _together(total: float, tokens: int, predicted: dict[int, Any]) -> tuple[float, int, dict[int, Any]]:
     """Sums and answers of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return total, tokens, predicted
@@ -147,11 +158,13 @@ def evaluate_causal(
     """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    gold = [candidates.answers.index(answer_of(e)) if answer_of(e) in candidates.answers else -1 for e in examples] if candidates else []
-    predicted: dict[int, Answer] = {}
+    number = {answer: i for i, answer in enumerate(candidates.answers)} if candidates else {}
+    gold = [number.get(answer_of(e), -1) for e in examples] if candidates else []
+    predicted: dict[int, Any] = {}
     mine = _mine(len(examples))
     with measuring(model):
         one_forward = candidates is None or candidates.single_token
+        choose = _best_candidates if candidates is None or len(candidates.answers) <= MANY else _written
         for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], batch_rows):
             batch = [mine[k] for k in part]
             rows = [examples[i] for i in batch]
@@ -172,7 +185,7 @@ def evaluate_causal(
                 for i, p in zip(batch, answers(deciding), strict=True):
                     predicted[i] = p
             if candidates is not None and not one_forward:
-                for i, p in zip(batch, _best_candidates(model, rows, candidates, pad, batch_rows, device), strict=True):
+                for i, p in zip(batch, choose(model, rows, candidates, pad, batch_rows, device), strict=True):
                     predicted[i] = p
             if advance is not None:
                 advance(len(batch))
@@ -202,6 +215,36 @@ def _best_candidates(
     return answers(scores)
 
 
+def _written(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], candidates: Candidates, pad: int, batch_rows: int, device: torch.device
+) -> list[Answer]:
+    tree: dict[Any, Any] = {}
+    for i, answer in enumerate(candidates.answers):
+        node = tree
+        for token in answer:
+            node = node.setdefault(token, {})
+        node[None] = i
+    texts = [list(r["input_ids"][: len(r["input_ids"]) - len(answer_of(r))]) for r in rows]
+    nodes, leads = [tree] * len(rows), [float("inf")] * len(rows)
+    while open_rows := [i for i, node in enumerate(nodes) if None not in node]:
+        undecided = [i for i in open_rows if len(nodes[i]) > 1]
+        for i in set(open_rows) - set(undecided):  # one way on: nothing to ask
+            (token, nodes[i]), *_ = nodes[i].items()
+            texts[i].append(token)
+        for part in length_sorted_batches([len(texts[i]) for i in undecided], batch_rows):
+            batch = [undecided[k] for k in part]
+            last = torch.zeros(len(batch), max(len(texts[i]) for i in batch), dtype=torch.bool, device=device)
+            for k, i in enumerate(batch):
+                last[k, len(texts[i]) - 1] = True
+            logits = logits_at(model, _inputs([texts[i] for i in batch], pad, device), last).float()  # [b, V]
+            for i, row in zip(batch, logits, strict=True):
+                ways = list(nodes[i])
+                best, lead = answers(row[torch.tensor(ways, device=device)].unsqueeze(0))[0]
+                texts[i].append(ways[best])
+                nodes[i], leads[i] = nodes[i][ways[best]], min(leads[i], lead)
+    return [(node[None], lead) for node, lead in zip(nodes, leads, strict=True)]
+
+
 def evaluate_classifier(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
@@ -210,31 +253,38 @@ def evaluate_classifier(
     batch_rows: int = 16,
     advance: Advance | None = None,
 ) -> Evaluation:
-    """Loss, accuracy, macro-F1 and confusion of a text classifier.
+    """Loss of a text classifier, with accuracy, macro-F1 and confusion of classes, or the figures of its kind of `problem`.
 
     Args:
         model: a sequence classifier, with whatever adapter is in force.
-        examples: rows with input_ids and label (the class number).
+        examples: rows with input_ids and label (the class number, a mark for each label, or a score).
         pad: the padding token.
         names: the classes in the order of the model's outputs.
         batch_rows: rows of one batch.
         advance: called with the number of rows just measured.
     """
     device = next(model.parameters()).device
-    gold = [int(e["label"]) for e in examples]
-    predicted: dict[int, Answer] = {}
+    problem = problem_of(model)
+    gold = [e["label"] for e in examples]
+    predicted: dict[int, Any] = {}
     total, mine = 0.0, _mine(len(examples))
+    one_class = problem is PROBLEMS[CLASS]
     with measuring(model):
         for part in length_sorted_batches([len(examples[i]["input_ids"]) for i in mine], batch_rows):
             batch = [mine[k] for k in part]
-            logits = model(**_inputs([examples[i]["input_ids"] for i in batch], pad, device))["logits"].float()  # [b, classes]
-            total += float(F.cross_entropy(logits, torch.tensor([gold[i] for i in batch], device=device), reduction="sum"))
-            for i, p in zip(batch, answers(logits), strict=True):
-                predicted[i] = p
+            logits = model(**_inputs([examples[i]["input_ids"] for i in batch], pad, device))["logits"].float()  # [b, outputs]
+            targets = targets_of([gold[i] for i in batch], device)
+            total += float(problem.loss(logits, targets)) * len(batch) / targets.numel()
+            predicted |= dict(zip(batch, answers(logits) if one_class else problem.answers(logits), strict=True))
             if advance is not None:
                 advance(len(batch))
     total, _, predicted = _together(total, 0, predicted)
-    return _figures(len(examples), total / max(1, len(examples)), gold, predicted, list(names), 0)
+    loss = total / max(1, len(examples))
+    if one_class:
+        return _figures(len(examples), loss, gold, predicted, list(names), 0)
+    found = [predicted[i] for i in range(len(examples))]
+    words = [problem.words(answer, names) for answer in found]
+    return Evaluation(examples=len(examples), loss=loss, others=problem.figures(found, gold), words=words)
 
 
 def _figures(n: int, loss: float, gold: list[int], found: dict[int, Answer], names: list[str], tokens: int) -> Evaluation:
@@ -256,5 +306,5 @@ def _figures(n: int, loss: float, gold: list[int], found: dict[int, Answer], nam
         margins=[round(found[i][1], 6) for i in range(n)],
         accuracy=right / max(1, n),  # an answer outside the candidates cannot be got right
         macro_f1=float(f1_score(g, p, labels=everything, average="macro", zero_division=0.0)) if known else 0.0,
-        confusion=confusion_matrix(g, p, labels=everything).tolist() if known else None,
+        confusion=confusion_matrix(g, p, labels=everything).tolist() if known and len(names) <= _SHOWN else None,
     )

@@ -11,10 +11,12 @@ import torch
 from slimtune.core.errors import CapabilityError, DataError
 from slimtune.train.bar import ProgressBar
 from slimtune.train.candidates import Candidates, token_candidates
+from slimtune.train.chat import end_of_turn
 from slimtune.train.collate import Collator, length_grouped_order
 from slimtune.train.evaluate import Evaluation, evaluate_causal, evaluate_classifier
 from slimtune.train.formats import render_prompt
 from slimtune.train.method_options import build_spec
+from slimtune.train.tables import Examples
 from slimtune.train.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Job:
         resolved: where the model's files are.
         task: "causal_lm" or "classification".
         model, tokenizer: loaded.
-        format: the data's shape: messages | prompt+completion | text+label | text.
+        format: the data's shape: messages | prompt+completion | text+label | text+labels | text+score | text.
         labels: class names by index.
         data: tokenised rows; None when only the model is needed.
         new: what trains the rows of the recipe's new tokens; None if there are none.
@@ -57,8 +59,8 @@ class Job:
     parameters: int = 0
     model_bytes: int = 0
     dtype: torch.dtype = torch.float32
-    _held_out: list[Row] | None = field(default=None, repr=False)
-    _valid: list[Row] | None = field(default=None, repr=False)
+    _held_out: Sequence[Row] | None = field(default=None, repr=False)
+    _valid: Sequence[Row] | None = field(default=None, repr=False)
     _candidates: list[Candidates | None] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class Job:
         self.parameters = int(self.model.num_parameters())
         self.model_bytes = sum(t.numel() * t.element_size() for t in tensors)
         self.dtype = self.model.dtype
+        if self.task == "causal_lm":
+            stop_at(self.model, self.ends())
 
     # ---- data -----------------------------------------------------------------------------------------------------------
     @property
@@ -76,20 +80,20 @@ class Job:
 
     @property
     def train_rows(self) -> Any:
-        """Tokenised training rows (a memory-mapped table)."""
+        """Tokenised training rows (a table, memory-mapped where it is large)."""
         return self.bundle.train
 
     @property
-    def valid_rows(self) -> list[Row]:
+    def valid_rows(self) -> Sequence[Row]:
         """Tokenised validation rows; empty when there are none."""
         if self._valid is None:
-            self._valid = self.bundle.valid.to_list() if self.bundle.valid is not None else []
+            self._valid = Examples(self.bundle.valid) if self.bundle.valid is not None else ()
         return self._valid
 
-    def held_out(self) -> list[Row]:
+    def held_out(self) -> Sequence[Row]:
         """The rows that before and after are measured on: the test split, or else the validation split."""
         if self._held_out is None:
-            self._held_out = self.bundle.test.to_list() if self.bundle.test is not None else self.valid_rows
+            self._held_out = Examples(self.bundle.test) if self.bundle.test is not None else self.valid_rows
         return self._held_out
 
     def held_out_words(self) -> Any:
@@ -113,8 +117,8 @@ class Job:
         if not self._candidates:
             found = None
             if self.task == "causal_lm" and self.bundle.candidates is not None:
-                rows = [{"labels": labels} for labels in self.train_rows["labels"]]
-                found = token_candidates(rows, lambda t: self.text(t))
+                seen = self.train_rows["labels"] if len(self.train_rows) else self.bundle.answers
+                found = token_candidates(({"labels": labels} for labels in seen), lambda t: self.text(t))
             self._candidates.append(found)
         return self._candidates[0]
 
@@ -148,6 +152,11 @@ class Job:
     def chats(self) -> bool:
         """True when the model was trained on conversations."""
         return self.format == "messages"
+
+    def ends(self) -> list[int]:
+        """The tokens that an answer ends with as it was trained: the end of text, and of conversations the template's end of turn."""
+        turn = end_of_turn(Encoder(self.tokenizer)) if self.chats and self.tokenizer.chat_template is not None else None
+        return [t for t in (self.tokenizer.eos_token_id, turn) if t is not None]
 
     def spec(self) -> Spec | None:
         """What to attach; None to train every weight."""
@@ -185,6 +194,22 @@ class Job:
         """
         if self.task == "classification":
             raise CapabilityError("this model is a text classifier: it gives labels and cannot write", hint="slimtune eval RUN")
+
+
+def stop_at(model: Any, tokens: Sequence[int]) -> None:
+    """Make a model's generation stop at these tokens too; its generation_config says so from now on, also when it is saved or merged.
+
+    Args:
+        model: a causal LM.
+        tokens: ids.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id
+    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    stops += [t for t in tokens if t not in stops]
+    config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
 
 def load_job(recipe: Recipe, say: Callable[[str], None]) -> Job:

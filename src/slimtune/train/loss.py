@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimtune.savers.head import LeanLoss
+from slimtune.train.problems import problem_of
 from slimtune.train.tokens import IGNORE
 
 
@@ -93,15 +94,16 @@ def has_own_loss(model: nn.Module) -> bool:
     return isinstance(model, LeanLoss) or (hasattr(config, "output_router_logits") and bool(config.output_router_logits))
 
 
-def classification_loss(model: nn.Module, inputs: Mapping[str, Any], items: Tensor | float | None) -> Tensor:
-    """The mean cross-entropy of one batch of labelled texts.
+def classification_loss(model: nn.Module, inputs: Mapping[str, Any], items: Tensor | float | None, unwrapped: nn.Module | None = None) -> Tensor:
+    """The mean loss of one batch of labelled texts, as the model's `problem_type` says: of a class, of each label, of a score.
 
     Args:
-        model: a sequence classifier.
-        inputs: its inputs with labels [b].
-        items: how many examples the whole step holds; None for this batch alone.
+        model: a sequence classifier, or a wrapper around it.
+        inputs: its inputs with labels: classes [b], marks [b, labels] or scores [b].
+        items: how many numbers the labels of the whole step hold; None for this batch alone.
+        unwrapped: the classifier itself when `model` is a wrapper.
     """
     labels: Tensor = inputs["labels"]
-    logits = model(**{k: v for k, v in inputs.items() if k != "labels"})["logits"]  # [b, classes]
-    total = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"})["logits"]  # [b, outputs]
+    total = problem_of(model if unwrapped is None else unwrapped).loss(logits.float(), labels.to(logits.device))
     return total / (labels.numel() if items is None else items)

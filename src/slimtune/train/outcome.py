@@ -51,6 +51,7 @@ def outcome(job: Job, spec: Any, learnt: Learnt, held_out: Sequence[Any], before
         "task": job.task,
         "format": job.format,
         "labels": job.labels,
+        "answers": job.bundle.candidates,
         "model": {
             "name": job.model_name,
             "source": recipe.model,

