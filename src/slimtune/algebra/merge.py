@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from slimtune.algebra.merged_values import check_affine, merged_sites, merged_values
 from slimtune.algebra.permanent import merge_for_good, strip
 from slimtune.algebra.ties import Tied
+from slimtune.core.changed import check_hosts
 from slimtune.core.errors import MergeError
 from slimtune.core.fold import Chain
 from slimtune.core.host import Slot
 from slimtune.core.placing import kind_at
 from slimtune.core.plan import Plan, Which
+from slimtune.core.reach import merging
 from slimtune.core.state import BARE, state_of, unwrap
 
 
@@ -67,6 +69,8 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
             hint="st.unmerge(model) first, or merge a stack at once: st.merge(model, ['a', 'b']); st.merge(model, keep=False) makes this merge final",
         )
     links = plan.segments[0][1]
+    for name in plan.names:
+        check_hosts(model, state.adapter(name))
     check_affine(model, state, links)
     if out is not None:
         from slimtune.algebra.merge_to_disk import merge_to_disk
@@ -76,6 +80,7 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
     undo: list[Callable[[], None]] = []
     lost = Lost()
     sites = merged_sites(model, links)
+    merging(state, (path for name in plan.names for path, _ in state.adapter(name).ops))
     tied = Tied(model, sites)
     try:
         for module, param, chain in sites:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.bank import Bank
 from slimtune.core.carried import Ops, forgive_merged, shows_base_only
 from slimtune.core.fold import entries
 from slimtune.core.kind import Kind
@@ -23,10 +24,11 @@ from slimtune.kernels.dropout import forget
 class Slot(nn.Module):
     """Where a hosted module keeps its ops: adapter name -> key -> op. State dicts show them, unless only the base is asked for."""
 
+    bank: Bank | None = None  # where the pairs of mixed batches live
+
     def __init__(self, state: State, kind: Kind, path: str) -> None:
         super().__init__()
         self.state, self.kind, self.path = state, kind, path
-        self.mixed: Any = None  # what a kind keeps for the plan it saw last
         self.chained: tuple[Plan | None, Any] = (None, None)  # that plan's chain here
         self.facts: Any = None  # what a kind has found out about this module
         self.taps: dict[str, Tap] = {}  # entrance -> what brings its input here
@@ -36,15 +38,17 @@ class Slot(nn.Module):
         if name not in self._modules:
             self._modules[name] = Ops(self.state, name, self.path)
         self._modules[name]._modules[key] = op  # type: ignore[union-attr]
-        self.forget()
+        self.forget(name)
 
     def drop(self, name: str) -> None:
         self._modules.pop(name, None)
-        self.forget()
+        self.forget(name)
 
-    def forget(self) -> None:
-        """Let go of what was worked out for the plan seen last."""
-        self.mixed, self.chained = None, (None, None)
+    def forget(self, name: str | None = None) -> None:
+        """Let go of what was worked out for the plan seen last, and of where an adapter was."""
+        self.chained = (None, None)
+        if self.bank is not None and name is not None:
+            self.bank.leave(name)
 
     def children(self) -> Iterator[nn.Module]:
         yield from (m for m in self._modules.values() if m is not None)
@@ -97,7 +101,7 @@ class Slot(nn.Module):
         self.forget()  # tensors may be replaced, not only written
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mixed": None, "chained": (None, None)}
+        return {**self.__dict__, "bank": None, "chained": (None, None)}
 
 
 class Hosted:
@@ -110,7 +114,10 @@ class Hosted:
         slot: Slot = self._modules.get("slim")  # type: ignore[attr-defined]  # an attribute of a module takes long to find, and this runs for every token
         if slot is None:  # somebody captured this forward, and the adapters have been detached since
             return type(self).forward(self, *args, **kwargs)
-        plan = slot.state.current()
+        state = slot.state
+        if state.unreached and not torch.compiler.is_compiling():  # until the first forward has been looked at (see `core.reach`)
+            state.unreached.discard(slot.path)
+        plan = state.current()
         base = super().forward  # type: ignore[misc]
         held = slot._modules
         for name in plan.names:

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from slimtune.core.carried import SavesBase
+from slimtune.core.changed import Resizes
 from slimtune.core.errors import InvalidName, MergeError, NameInUse, SiteError
 from slimtune.core.host import Slot, host, unhost
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import generalise, specialise
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan
+from slimtune.core.reach import after_forward
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State
@@ -121,6 +123,7 @@ def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str,
         raise
     if first or any(isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) for m in base_modules(model).values()):
         _switch_fast_paths(model, state)
+    state.unreached |= {path for path, _ in adapter.ops}
     watch(adapter)
     arm(adapter)
     adapter.set_live(False)
@@ -159,9 +162,11 @@ def _root(model: nn.Module) -> State:
     state.writes_over = any(m.__dict__.get("inplace") is True for m in model.modules())
     model.slim_state = state  # type: ignore[assignment]
     root(model, state)
+    model.register_forward_hook(after_forward)
     modules = base_modules(model)
     for module in modules.values():
         specialise(module, SavesBase)
+        specialise(module, Resizes)
     keep_still(modules)
     watch_trainers()
     return state
@@ -173,10 +178,13 @@ def _unroot(model: nn.Module) -> None:
 
     exact_packing(model, False)
     unroot(model)
+    for key in [k for k, hook in model._forward_hooks.items() if hook is after_forward]:
+        del model._forward_hooks[key]
     modules = base_modules(model)
     let_go(modules, model.training)
     for module in modules.values():
         generalise(module, SavesBase)
+        generalise(module, Resizes)
     model.__dict__.pop("slim_state", None)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimtune.core import task_head
+from slimtune.core import reach, task_head
 from slimtune.core.errors import ReportError, closest
 from slimtune.core.state import Adapter
 
@@ -153,6 +153,7 @@ def make_report(model: nn.Module, adapter: Adapter, notes: Iterable[str] = ()) -
     if still:
         advice.append(f"the scale of {len(still)} ops is 0 (alpha=0), so they change nothing and learn nothing: {', '.join(still[:3])}")
     advice += task_head.said(model, adapter)
+    advice += reach.said(model, covered)
     return Report(
         name=adapter.name,
         method=adapter.spec.method,
