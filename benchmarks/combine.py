@@ -42,7 +42,7 @@ def ours(reference: Any, r: int) -> Any:
     model: Any = smollm2(torch.bfloat16)
     for name in WEIGHTS:
         st.attach(model, st.LoRA(r=r, alpha=2 * r, targets=ALL_SEVEN), name=name)
-        for (path, _), op in model.slim_state.adapters[name].ops.items():
+        for (path, _), op in st.adapters(model)[name].ops.items():
             layer = reference.base_model.model.get_submodule(path)
             op.start_from(layer.lora_A[name].weight, layer.lora_B[name].weight, frozen=False)
     return model
@@ -57,7 +57,7 @@ def timed(step: Callable[[], object]) -> float:
 def apart(reference: Any, model: Any) -> float:
     """Return the largest relative difference between the two results."""
     gaps = []
-    for (path, _), op in model.slim_state.adapters["mix"].ops.items():
+    for (path, _), op in st.adapters(model)["mix"].ops.items():
         want = reference.base_model.model.get_submodule(path).get_delta_weight("mix").float()
         gaps.append(float((op.delta() - want).norm() / want.norm()))
     return max(gaps)
@@ -82,7 +82,7 @@ def run(r: int, repeats: int) -> dict[str, Any]:
         reference.delete_adapter("mix")
     median = {who: statistics.median(s) for who, s in seconds.items()}
     return {
-        "r": r, "weights": len(model.slim_state.adapters["a"].ops), "slimtune_seconds": median["slimtune"], "reference_seconds": median["reference"],
+        "r": r, "weights": len(st.adapters(model)["a"].ops), "slimtune_seconds": median["slimtune"], "reference_seconds": median["reference"],
         "times_faster": median["reference"] / median["slimtune"], "largest_relative_difference": gap, "threads": torch.get_num_threads(),
         "seconds": seconds,
     }  # fmt: skip

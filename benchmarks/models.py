@@ -96,7 +96,7 @@ def same_start(mine: nn.Module, theirs: nn.Module) -> None:
     """Give our adapter the reference's initial A and B, so that both train from the same point."""
     tensors = {n.replace("base_model.model.", "").replace(".default.weight", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
     with torch.no_grad():
-        for (path, _), op in mine.slim_state.adapters["default"].ops.items():  # type: ignore[union-attr, operator, index]
+        for (path, _), op in st.adapters(mine)["default"].ops.items():
             inner = op.inner if hasattr(op, "inner") else op
             for ours_name, their_name in (("A", "lora_A"), ("B", "lora_B")):
                 getattr(inner, ours_name).copy_(tensors[f"{path}.{their_name}"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import slimtune as st
 from slimtune.core.fold import first_tensor
 from slimtune.core.plan import Which
 from slimtune.testing.textbook import others_act
@@ -41,7 +42,7 @@ def whole_model(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     Args:
         inputs: ids; or ids, their mask, and ids of the decoder.
     """
-    ops = [(path, op) for (path, _), op in model.slim_state.adapters["default"].ops.items() if op.port == "stream"]
+    ops = [(path, op) for (path, _), op in st.adapters(model)["default"].ops.items() if op.port == "stream"]
     (path, op), *behind = ops
     table = model.get_submodule(path).get_input_embeddings()
     x = in_front(op.rows(None, None), table(inputs[0]))
