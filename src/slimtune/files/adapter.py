@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.changed import check_hosts
 from slimtune.core.elsewhere import at_hand, whole
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
 from slimtune.core.finite import non_finite
@@ -73,6 +74,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Pa
     model, folder = unwrap(model), Path(folder)
     state = state_of(model)
     adapter = state.adapter(_which(model) if name is None else name)
+    check_hosts(model, adapter)
     undo = None
     if state.merged:  # full weights and the fingerprint are those of the base itself
         from slimtune.algebra.merge import lifted

@@ -64,6 +64,11 @@ class Taker:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
+    def alias(self, name: str, as_in: str) -> None:
+        """Let a tensor be known by another name (as well, where others still ask for it by the old one)."""
+        self._names[name] = self._names[as_in]
+        self.left.pop(as_in, None)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.entries[self._names[name]].shape
 

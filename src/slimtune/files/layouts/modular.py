@@ -19,7 +19,7 @@ from slimtune.files.layouts.base import Codec, Layout, Place, Taker
 from slimtune.files.layouts.config import Fields, check_config
 from slimtune.files.layouts.full import BiasCodec, FullCodec
 from slimtune.files.layouts.patterns import shortest, to_targets
-from slimtune.files.layouts.reading import all_there, clean_names, drop_base_copies, op_places, other_places, sensible
+from slimtune.files.layouts.reading import all_there, base_copies, clean_names, op_places, other_places, sensible
 from slimtune.files.layouts.reference import HEADS, about_model
 
 
@@ -148,7 +148,7 @@ class ModularLayout(Layout):
         self.check(config, file, relax)
         modules = base_modules(model)
         taker = Taker(file, self.names(file))
-        drop_base_copies(taker, modules, config, relax, self.key)
+        tables = base_copies(taker, modules, config, relax, self.key)
         places = self.places(taker, modules, config)
         if not places:
             raise FormatError(f"{file.path.name} holds no tensor of a {self.peft_type}", where=str(file.path))
@@ -160,7 +160,7 @@ class ModularLayout(Layout):
             replace(p, settings=self.settings(p, modules[p.path], taker, config, spec)) if p.method in mine and not p.settings else p for p in places
         ]
         all_there(config, modules, {p.path for p in places if p.method in mine}, file, relax, self.kinds)
-        return spec, places, taker
+        return spec, [*tables, *places], taker
 
     def check(self, config: dict[str, Any], file: TensorFile, relax: frozenset[str]) -> None:
         """Check the config and fill in its defaults."""

@@ -17,6 +17,7 @@ from slimtune.files.container import TensorFile
 from slimtune.files.layouts.base import OUTSIDE, PREFIX, Place, Taker
 from slimtune.files.layouts.patterns import from_targets, layer_number, named_by
 from slimtune.files.layouts.reference import HEADS
+from slimtune.methods.trainable_tokens import tied_with
 
 
 def kind_known(module: nn.Module) -> Kind:
@@ -129,12 +130,19 @@ def other_places(
     return list(places.values())
 
 
-def drop_base_copies(taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any], relax: frozenset[str], key: re.Pattern[str]) -> None:
-    """Check the copies of embedding weights that the reference adds when embeddings are targeted: they must be those of this base.
+def base_copies(
+    taker: Taker, modules: dict[str, nn.Module], config: dict[str, Any], relax: frozenset[str], key: re.Pattern[str]
+) -> list[Place]:
+    """Take the tables of tokens out of a file that the reference adds when they are targeted or were resized: a copy of this base's own is dropped,
+    one with some other rows (of new tokens, trained or drawn at random) is read as a table in full.
+
+    Returns:
+        The places of those tables, and of all that is tied to them.
 
     Raises:
-        MismatchError: they are not.
+        MismatchError: a table has another size than the one here, or is that of another base.
     """
+    places: list[Place] = []
     for name in list(taker.left):
         path = name.removesuffix(".weight").removesuffix(".base_layer")
         module = modules.get(path)
@@ -144,16 +152,29 @@ def drop_base_copies(taker: Taker, modules: dict[str, nn.Module], config: dict[s
             continue
         if any(path.endswith(m) for m in config.get("modules_to_save") or []):
             continue
-        own = kind_known(module).read(module, "weight").detach().cpu()
-        theirs = taker.take(name)
-        assert theirs is not None
-        close = own.shape == theirs.shape and torch.allclose(own.float(), theirs.float(), rtol=2e-2, atol=1e-6)
-        if not close and "base" not in relax:
+        kind = kind_known(module)
+        own, theirs = kind.read(module, "weight").detach().cpu(), taker.look(name)
+        if own.shape != theirs.shape:
             raise MismatchError(
-                f"the file brings its own {path}.weight {list(theirs.shape)}, which is not that of this model {list(own.shape)}",
+                f"the file brings its own {path}.weight {list(theirs.shape)}, which does not fit that of this model {list(own.shape)}",
                 where=str(taker.file.path),
-                hint="load the base it was trained on (after model.resize_token_embeddings, if tokens were added), or st.load(..., relax='base')",
+                hint=f"it was trained after tokens were added or taken away: model.resize_token_embeddings({theirs.shape[0]}) first, then load it",
             )
+        same = torch.isclose(own.float(), theirs.float(), rtol=2e-2, atol=1e-6).all(1)  # [rows]
+        if bool(same.all()):
+            taker.take(name)
+            continue
+        if same.float().mean() < 0.5 and "base" not in relax:
+            raise MismatchError(
+                f"the file brings its own {path}.weight, and {int((~same).sum()):,} of its {len(same):,} rows are not those of this model",
+                where=str(taker.file.path),
+                hint="load the base it was trained on; to put the file's table over that of another base: st.load(..., relax='base')",
+            )
+        for at in (path, *tied_with(modules[""], module)):
+            if at == path or not any(f"{at}{middle}.weight" in taker for middle in (".base_layer", "")):
+                taker.alias(f"{at}.weight", name)
+                places.append(Place(at, "weight", "weight", "weight", "dense"))
+    return places
 
 
 def all_there(
