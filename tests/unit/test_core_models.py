@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +49,39 @@ def test_save_pretrained_writes_a_clean_base(kind: str, tmp_path: Path) -> None:
         assert torch.equal(t, want[key]), key
 
 
+@pytest.mark.parametrize("how", ["its body", "a state dict", "a state dict by position", "diffusers"])
+def test_whatever_saves_a_base_saves_it_clean(how: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    if how == "diffusers":
+        from diffusers import UNet2DModel
+
+        blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+        sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+        model: Any = UNet2DModel(**sizes, **blocks)
+    else:
+        model = tiny.llama()
+    wanted = set((model.model if how == "its body" else model).state_dict())
+    adapted(model, st.LoRA(r=2, targets=("to_q", "to_v")) if how == "diffusers" else None)
+    given = model.state_dict()
+    named = {"state_dict": given} if how == "a state dict" else {}
+    save = (model.model if how == "its body" else model).save_pretrained
+    positional = (tmp_path, True, given) if how == "a state dict by position" else (tmp_path,)
+    with pytest.warns(UserWarning, match=r"writes the base without its adapter default: st\.save"):
+        save(*positional, **named)
+    file = next(tmp_path.glob("*.safetensors"))
+    assert set(load_file(file)) == wanted
+    st.detach(model, "default")
+    assert type(model).save_pretrained.__qualname__ != "SavesBase.save_pretrained"
+
+
 def test_a_merged_base_is_saved_merged(tmp_path: Path) -> None:
     model = adapted(tiny.llama())
     out = model(IDS).logits
     st.merge(model)
-    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the adapter is in there
+        model.save_pretrained(tmp_path)
     again = type(tiny.llama()).from_pretrained(tmp_path)
     assert torch.allclose(again(IDS).logits, out, atol=1e-5)
 

@@ -163,9 +163,10 @@ class SavesBase:
         return hasattr(base, "save_pretrained")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("state_dict")
-        if given is not None:
-            kwargs["state_dict"] = {key: value for key, value in given.items() if MARK not in f".{key}"}
+        def cleaned(given: Any) -> Any:
+            return {k: v for k, v in given.items() if MARK not in f".{k}"} if isinstance(given, dict) else given
+
+        args, kwargs = tuple(map(cleaned, args)), kwargs | {key: cleaned(value) for key, value in kwargs.items()}
         names = {m.name for m in self.modules() if isinstance(m, Ops) and not m._merged()}  # type: ignore[attr-defined]
         if names and not shows_base_only():  # the whole model has said it already
             warnings.warn(

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import slimtune as st
 from slimtune.core.errors import DataError, RecipeError
-from slimtune.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, quantised_base
+from slimtune.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback
 from slimtune.train.checkpoint import PROGRESS, peak_bytes
 from slimtune.train.checkpoint_blocks import EVERY, checkpoint_blocks
 from slimtune.train.collate import LengthGroupedSampler
@@ -243,23 +243,22 @@ def _trainer(job: Job, folder: RunFolder, checkpoint: Path | None, main: bool) -
     if main:
         callbacks.append(MetricsCallback(MetricsFile(folder.metrics, keep_to=step)))
     adapter = None if recipe.method == "full" else str(recipe.name)
-    with quantised_base(job.model) if recipe.quantize != "none" else contextlib.nullcontext():
-        trainer = SlimTrainer(
-            job.model,
-            args,
-            adapter=adapter,
-            folder=folder,
-            rows=rows,
-            collate=job.collate,
-            task=job.task,
-            order=order,
-            lr=float(recipe.lr or 5e-4),
-            up_ratio=recipe.up_ratio,
-            weight_decay=recipe.weight_decay,
-            keep=2,
-            measure=(lambda: job.evaluate(job.valid_rows)) if job.valid_rows else None,
-            callbacks=callbacks,
-        )
+    trainer = SlimTrainer(
+        job.model,
+        args,
+        adapter=adapter,
+        folder=folder,
+        rows=rows,
+        collate=job.collate,
+        task=job.task,
+        order=order,
+        lr=float(recipe.lr or 5e-4),
+        up_ratio=recipe.up_ratio,
+        weight_decay=recipe.weight_decay,
+        keep=2,
+        measure=(lambda: job.evaluate(job.valid_rows)) if job.valid_rows else None,
+        callbacks=callbacks,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
