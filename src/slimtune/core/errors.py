@@ -72,6 +72,10 @@ class CapabilityError(SlimtuneError, NotImplementedError):
     """The method cannot do this, for a mathematical reason that the message names."""
 
 
+class InternalsError(SlimtuneError, RuntimeError):
+    """A library, or a model of it, behaves otherwise than slimtune assumes: what it would compute cannot be trusted."""
+
+
 class MergeError(SlimtuneError, RuntimeError):
     """Merging or unmerging is not possible in the model's present state."""
 

@@ -6,7 +6,7 @@ labels and losses lie outside of it, so they never see a virtual token. In an en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,7 @@ class Body:
         start: its first position (RoBERTa's padding_idx + 1).
         limit: how many positions the table has; 0 = no table.
         width: d of its token embeddings.
+        tried: what has been compared with the bare base on it (see `ports.trial`).
     """
 
     names: tuple[str, ...]
@@ -48,6 +49,7 @@ class Body:
     start: int
     limit: int
     width: int
+    tried: set[str] = field(default_factory=set, compare=False)
 
 
 def study(module: Any) -> Body:

@@ -18,6 +18,7 @@ from slimtune.core.plan import Plan
 from slimtune.core.scopes import RemembersBlock
 from slimtune.core.state import State
 from slimtune.ports import transformers_internals as internals
+from slimtune.ports import trial
 from slimtune.ports.generating import cached_tokens, check_generation, prompting
 
 
@@ -59,6 +60,8 @@ class Rooted:
             prompts = next((t for t in given if isinstance(t, Tensor)), None)
             if prompts is not None:
                 plan.check_batch(prompts.shape[0], "generate", type(self).__name__)
+        if plan.names and prompting(self.slim_state, plan):
+            trial.of_generation(self, plan, _implementation(self, kwargs), self.device)  # type: ignore[attr-defined]
         leave = self.slim_state.enter(plan.expanded()) if plan.names else None
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -93,6 +96,13 @@ class Rooted:
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
         wrap_checkpoints(self, self.slim_state)  # type: ignore[arg-type]
+
+
+def _implementation(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return what kind of cache `generate` is asked for."""
+    config = kwargs.get("generation_config") or model.generation_config
+    found = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    return None if found is None else str(found)
 
 
 def check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

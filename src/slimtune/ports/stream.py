@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from slimtune.core.errors import TargetError
 from slimtune.core.plan import Plan
 from slimtune.core.site import Site
 from slimtune.core.targets import find_modules
+from slimtune.ports import trial
 from slimtune.ports.body import FOREIGN, Body, is_body, pairs, prompted, study
 from slimtune.ports.linear import BlockKind
 from slimtune.ports.stream_body import extended, read_longer
@@ -134,11 +136,19 @@ class BodyKind(BlockKind):
             given = dict(zip(host.slim.facts.names, a, strict=False)) | k
             if has_port(host, plan, {"reader"}):
                 given = read_longer(host, plan, given)
-            return extended(host, base, plan, given) if has_port(host, plan, {"stream"}) else base(**given)
+            if not has_port(host, plan, {"stream"}):
+                return base(**given)
+            trial.of_body(host, plan, device_of(given))
+            return extended(host, base, plan, given)
 
         if has_port(host, plan, {"output"}):
             return super().forward(host, streamed, plan, args, kwargs)
         return streamed(*args, **kwargs)
+
+
+def device_of(given: dict[str, Any]) -> torch.device:
+    """Return where the tokens of a forward are."""
+    return next((t.device for t in given.values() if isinstance(t, torch.Tensor)), torch.device("cpu"))
 
 
 __all__ = ["AUTO", "BodyKind", "PromptedBlockKind", "ReaderOp", "StreamOp", "room_problems", "stream_problems", "stream_sites", "width_of"]

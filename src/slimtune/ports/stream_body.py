@@ -53,8 +53,7 @@ def extended(host: Any, base: Callable[..., Any], plan: Plan, given: dict[str, A
     if mask is None and not at.even:
         mask = torch.ones(batch, n + int(own_past), dtype=torch.long, device=device)
     if mask is not None and at.P:
-        whole = mask.shape[1] == _room(cache)  # as long as a static cache, which has room for the virtual tokens, instead of the tokens so far
-        given["attention_mask"] = at.mask(mask[:, : mask.shape[1] - at.P] if whole else mask)
+        given["attention_mask"] = at.mask(mask[:, : mask.shape[1] - at.P] if _is_whole(mask, n, own_past, cache) else mask)
     if facts.positions:
         own = given.get("position_ids")
         skips = not isinstance(at.skip, int) or at.skip > 0
@@ -105,8 +104,11 @@ def _past(cache: Any, at: Frame, where: str) -> int | Tensor:
     return length
 
 
-def _room(cache: Any) -> int:
-    return -1 if cache is None else room_of(cache)
+def _is_whole(mask: Tensor, n: int, past: int | Tensor, cache: Any) -> bool:
+    """Tell whether a 2-D mask is as long as a static cache, which has room for the virtual tokens, instead of the tokens so far (BLOOM)."""
+    if isinstance(past, int):
+        return mask.shape[1] > n + past
+    return mask.shape[1] == room_of(cache)  # compiled code counts the past in a tensor
 
 
 def _mark(cache: Any, at: Frame) -> None:

@@ -67,6 +67,12 @@ def parameters_of(cls: type) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
+@functools.cache
+def takes_more(cls: type) -> bool:
+    """Tell whether the forward of a class takes arguments that it does not name."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())  # type: ignore[attr-defined]
+
+
 def takes_embedded_tokens(module: nn.Module) -> bool:
     """Tell whether a module takes embedded tokens (a whole model with a head does, too)."""
     return hasattr(module, "get_input_embeddings") and set(parameters_of(base_class(module))) >= EMBEDDED
@@ -142,10 +148,20 @@ def places_held(cache: Any, layer: int = 0) -> int | Tensor:
 def room_of(cache: Any) -> int:
     """Return how many places a cache can hold at most, -1 where it grows."""
     own = getattr(cache, "self_attention_cache", cache)
-    if not getattr(own, "layers", True):
-        return -1  # layers are made when they are needed
+    if not getattr(own, "is_compileable", False):
+        return -1  # what is made for its whole length can be compiled; others grow, whatever the windows of their layers
     ask = getattr(own, "get_max_length", None) or getattr(own, "get_max_cache_shape", None)
     return -1 if ask is None else int(ask())
+
+
+def filled_cache(module: Any, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
+    """Return a cache for one row that holds keys and values [p, heads, width] of each layer."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=module.config.get_text_config(decoder=True))
+    for layer, (keys, values) in sorted(pairs.items()):
+        cache.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], layer)
+    return cache
 
 
 def is_recurrent(module: Any) -> bool:
