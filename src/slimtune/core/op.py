@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from slimtune.core.site import Site
 
 
+_CHANGES = [0]
+
+
+def changes() -> int:
+    """Return a number that is another one after any attribute of any op was set: what an op has said of itself may hold no longer."""
+    return _CHANGES[0]
+
+
 class Op(nn.Module):
     """Base of every op.
 
@@ -54,6 +62,15 @@ class Op(nn.Module):
         if site.entrance is not None:
             self.entrance = site.entrance.path
         self.kind, self.port, self.param, self.shape = site.kind, site.port, site.param, site.shape
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        same = name == "training" and self.__dict__.get(name) == value
+        super().__setattr__(name, value)
+        _CHANGES[0] += not same  # afterwards: who reads the number first must not take the old value for the new one
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _CHANGES[0] += 1
 
     def add(self, x: Tensor, y: Tensor, host: nn.Module, w: Tensor | None) -> Tensor:
         """Return y + w * run(x, y, host); ops with a fused form override this."""

@@ -8,12 +8,13 @@ inputs: changing one does not compile again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.core.errors import PlanError
+from slimtune.kernels.mixed import Mixture
 
 if TYPE_CHECKING:
     from slimtune.core.fold import Chain, Part
@@ -59,6 +60,13 @@ class Plan:
         self.segments, self.size, self.expand = segments, size, False
         self.names = {name for _, links in segments for link in links for name, _ in link}
         self._selectors: dict[tuple[int, torch.device], list[slice | Tensor]] = {}
+        self._mixtures: dict[int, Mixture | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_selectors": {}, "_mixtures": {}}  # what was worked out belongs to this process and device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_mixtures": {}} | state)
 
     @classmethod
     def of(cls, which: Which) -> Plan:
@@ -115,7 +123,39 @@ class Plan:
             self._selectors[key] = self._select(batch, device, path, kind)
         return self._selectors[key]
 
-    def _select(self, batch: int, device: torch.device, path: str, kind: str) -> list[slice | Tensor]:
+    def mixture(self, batch: int, path: str, kind: str) -> Mixture | None:
+        """Return which rows of a batch have which adapter, or None if some have a stack or a sum."""
+        if batch not in self._mixtures:
+            self._mixtures[batch] = self._mix(batch, path, kind)
+        return self._mixtures[batch]
+
+    def _mix(self, batch: int, path: str, kind: str) -> Mixture | None:
+        k = self._times(batch, path, kind)
+        names: list[str] = []
+        weights: list[float | None] = []
+        of_each: list[list[int]] = []
+        for rows, links in self.segments:
+            if not links:
+                continue
+            if rows is None or len(links) != 1 or len(links[0]) != 1:
+                return None
+            name, w = links[0][0]
+            names.append(name)
+            weights.append(None if w is None else float(w))
+            of_each.append([i * k + j for i in rows for j in range(k)])
+        return Mixture(names, weights, of_each, batch) if names else None
+
+    def check_batch(self, batch: int, path: str, kind: str) -> None:
+        """Raise unless a batch of `batch` rows fits.
+
+        Raises:
+            PlanError: naming the module `path` (`kind`).
+        """
+        if self.size is not None:
+            self._times(batch, path, kind)
+
+    def _times(self, batch: int, path: str, kind: str) -> int:
+        """Return how many rows of the batch each row of the plan stands for."""
         assert self.size is not None
         k, odd = divmod(batch, self.size)
         if odd or (k != 1 and not self.expand):
@@ -124,6 +164,11 @@ class Plan:
                 where=f"{path} ({kind})",
                 hint="give rows= one entry for each row of the batch; a module that sees flattened or routed tokens cannot tell rows apart",
             )
+        return k
+
+    def _select(self, batch: int, device: torch.device, path: str, kind: str) -> list[slice | Tensor]:
+        k = self._times(batch, path, kind)
+        assert self.size is not None
         out: list[slice | Tensor] = []
         for idx, _ in self.segments:
             rows = idx if idx is not None else list(range(self.size))

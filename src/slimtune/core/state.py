@@ -73,7 +73,7 @@ class Adapter:
         params = self._flat()
         if not self.frozen and (not was or all([p.requires_grad for p in params])):
             for p in params:  # a server comes by here twice for each adapter and batch
-                p.requires_grad_(live)
+                p.requires_grad = live
             return
         named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
         if was:

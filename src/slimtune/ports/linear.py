@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimtune.core.bank import Bank
 from slimtune.core.errors import MergeError
 from slimtune.core.host import Slot
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
 from slimtune.kernels.lowrank import fusing, linear_low_rank
-from slimtune.kernels.mixed import Groups, Stacked, add_mixed, groups, stack
+from slimtune.kernels.mixed import add_mixed
 from slimtune.ports.install import install
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,50 +76,29 @@ class LinearKind(Kind):
                     return linear_low_rank(args[0], weight, bias, A, B, scale if w is None else scale * float(w), p)
                 return op.magnify(linear_low_rank(args[0], weight, None, A, B, scale, p), bias, host, [])  # type: ignore[operator]
         if chain is None and len(args) == 1 and not torch.is_grad_enabled():
-            mixed = self._mixed(host, plan, args[0])
+            mixed = self._mixed(host, plan, args[0], base)
             if mixed is not None:
-                return add_mixed(base(args[0]), args[0], *mixed)
+                return mixed
         return super().forward(host, base, plan, args, kwargs)
 
-    def _mixed(self, host: Any, plan: Plan, x: Tensor) -> tuple[Stacked, Groups] | None:
-        """Return what `add_mixed` needs when every row has one low-rank op or none and tokens are few; it is kept until something changes."""
+    def _mixed(self, host: Any, plan: Plan, x: Tensor, base: Callable[..., Any]) -> Tensor | None:
+        """Run rows that have one low-rank op each or none, when tokens are few; None: it is the general way's turn."""
         if len(plan.segments) < 3 or x.dim() < 2 or x.numel() > FEW_TOKENS * x.shape[-1] or not fusing(x):
             return None
         slot: Slot = host.slim
-        key = (plan, x.shape[0], x.dtype, x.device, host.training)
-        kept = slot.mixed
-        if kept is not None and kept[0] == key and (kept[1] is None or kept[1][0].fresh()):
-            return kept[1]
-        made = _stack(plan, slot, x, type(host).__name__)
-        slot.mixed = (key, made)  # one assignment: another thread sees the old or the new
-        return made
+        mixture = plan.mixture(x.shape[0], slot.path, type(host).__name__)
+        if mixture is None:
+            return None
+        if slot.bank is None:
+            slot.bank = Bank(slot)
+        places = slot.bank.find(mixture)
+        return None if places is None else add_mixed(base(x), x, mixture, places)
 
     def down(self, x: Tensor, A: Tensor, host: Any) -> Tensor:
         return F.linear(x, A)  # [n, a] @ [a, r] -> [n, r]
 
     def up(self, h: Tensor, B: Tensor, host: Any) -> Tensor:
         return F.linear(h, B)  # [n, r] @ [r, b] -> [n, b]
-
-
-def _stack(plan: Plan, slot: Slot, x: Tensor, kind: str) -> tuple[Stacked, Groups] | None:
-    pairs: list[tuple[Tensor, Tensor, float]] = []
-    rows: list[list[int]] = []
-    for selected, (_, links) in zip(plan.selectors(x.shape[0], x.device, slot.path, kind), plan.segments, strict=True):
-        chain = slot.chain(links)
-        if not chain:
-            continue
-        if len(chain) != 1 or len(chain[0]) != 1 or not hasattr(chain[0][0][0], "low_rank"):
-            return None
-        op, w = chain[0][0]
-        pair = op.low_rank()  # type: ignore[operator]
-        # What is not a parameter, or carries no version counter, could change unnoticed.
-        if pair is None or pair[3] or not all(isinstance(t, nn.Parameter) and not t.is_inference() for t in pair[:2]):
-            return None
-        if pairs and pair[0].shape != pairs[0][0].shape:
-            return None
-        pairs.append((pair[0], pair[1], pair[2] if w is None else pair[2] * float(w)))
-        rows.append(list(range(selected.start, selected.stop)) if isinstance(selected, slice) else selected.tolist())
-    return (stack(pairs, x.dtype), groups(rows, x.shape[0], x.device)) if pairs else None
 
 
 def _frozen_plain(host: Any) -> bool:
