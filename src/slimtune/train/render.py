@@ -75,12 +75,17 @@ def as_written(encoder: Encoder, messages: list[Message], tools: list[Any] | Non
     Raises:
         DataError: it leaves out the tools or the calls.
     """
-    if tools and render(encoder, messages, tools) == render(encoder, messages):
+    spelled = _spelling(encoder, messages, tools)
+    if tools and render(encoder, spelled, tools) == render(encoder, spelled):
         raise DataError(
             "the rows have 'tools', and the model's chat template does not write them",
             where=str(encoder.tokenizer.name_or_path),
             hint="use a model whose template takes tools, or take 'tools' out of the rows",
         )
+    return spelled
+
+
+def _spelling(encoder: Encoder, messages: list[Message], tools: list[Any] | None) -> list[Message]:
     if not any(m.get("tool_calls") for m in messages):
         return messages
     refused: DataError | None = None

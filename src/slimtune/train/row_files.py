@@ -25,6 +25,7 @@ Row = dict[str, Any]
 _SEPARATORS = {"csv": ",;\t|", "tsv": "\t"}
 _BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _EXAMPLE = 'one JSON object a line, such as {"prompt": "...", "completion": "..."}'
+_CHAT = 'a conversation is an object too: {"messages": [...]}'
 
 
 def rows_of_file(path: Path) -> Iterator[tuple[int, Row]]:
@@ -160,7 +161,8 @@ def _json_rows(file: io.TextIOWrapper, path: Path) -> Iterator[tuple[int, Row]]:
         items = _json_lines(file, path)
     for number, row in items:
         if not isinstance(row, dict):
-            raise DataError(f"row {number} is {kind_of(row)}, not an object with named fields", where=str(path), hint=_EXAMPLE)
+            hint = _CHAT if isinstance(row, list) else _EXAMPLE
+            raise DataError(f"row {number} is {kind_of(row)}, not an object with named fields", where=str(path), hint=hint)
         yield number, row
 
 

@@ -130,7 +130,7 @@ def label_kind(labels: Sequence[Any], task: str, untyped: bool) -> str:
     if task == "regression":
         return SCORE
     fractions = any(isinstance(label, float) and label == label and not label.is_integer() for label in there)
-    return SCORE if fractions and not untyped and task == "auto" else CLASS
+    return SCORE if fractions and not untyped and task != "classification" else CLASS
 
 
 def label_text(row: Row, key: str = "label") -> str:
