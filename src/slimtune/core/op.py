@@ -64,9 +64,11 @@ class Op(nn.Module):
         self.kind, self.port, self.param, self.shape = site.kind, site.port, site.param, site.shape
 
     def __setattr__(self, name: str, value: Any) -> None:
-        same = name == "training" and self.__dict__.get(name) == value
+        # A name with _ is what an op keeps for itself while it runs, also inside compiled code, which would compile anew at each change.
+        same = name[0] == "_" or (name == "training" and self.__dict__.get(name) == value)
         super().__setattr__(name, value)
-        _CHANGES[0] += not same  # afterwards: who reads the number first must not take the old value for the new one
+        if not same:
+            _CHANGES[0] += 1  # afterwards: who reads the number first must not take the old value for the new one
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
