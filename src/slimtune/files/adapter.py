@@ -229,6 +229,7 @@ def load(
                 hint="is it the right base? To leave them out: st.load(..., relax='unexpected')",
             )
         notes.append(f"{len(taker.left)} tensors of the file were left out: {', '.join(list(taker.left)[:4])}")
+    notes += taker.notes
     if bad := taker.not_finite() or not_finite(made):
         what = f"{len(bad)} tensor(s) of the file hold NaN or infinity: {', '.join(bad[:8])}"
         if "nonfinite" not in allowed:

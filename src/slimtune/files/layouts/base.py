@@ -59,6 +59,8 @@ class Taker:
         self.file, self._names = file, names  # clean name -> name in the file
         self.left = dict.fromkeys(names)
         self.missing: list[str] = []
+        self.notes: list[str] = []  # what a report says about how names and tables were read
+        self._made: dict[str, Tensor] = {}  # put together from others of the file
         self.taken: dict[str, bool] = {}  # name -> whether all of it is finite
 
     def __contains__(self, name: str) -> bool:
@@ -70,11 +72,16 @@ class Taker:
         self.left.pop(as_in, None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file.entries[self._names[name]].shape
+        return tuple(self._made[name].shape) if name in self._made else self.file.entries[self._names[name]].shape
 
     def look(self, name: str) -> Tensor:
         """Return a tensor that is there, without taking it."""
-        return self.file.tensor(self._names[name])
+        return self._made[name] if name in self._made else self.file.tensor(self._names[name])
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Hand out a tensor that was put together from others as if it were in the file."""
+        self._made[name], self._names[name] = tensor, name
+        self.left[name] = None
 
     def take(self, name: str) -> Tensor | None:
         """Return a tensor, or note it as missing."""
@@ -82,7 +89,7 @@ class Taker:
             self.missing.append(name)
             return None
         self.left.pop(name, None)
-        t = self.file.tensor(self._names[name])
+        t = self.look(name)
         if not t.is_floating_point():
             raise MismatchError(f"{name} holds {str(t.dtype).removeprefix('torch.')}, not floats", where=str(self.file.path))
         self.taken[name] = is_finite(t)

@@ -170,6 +170,7 @@ def base_copies(
                 where=str(taker.file.path),
                 hint="load the base it was trained on; to put the file's table over that of another base: st.load(..., relax='base')",
             )
+        taker.notes.append(f"the file brings its own {path}.weight, with {int((~same).sum()):,} other rows than here: it is used in full")
         for at in (path, *tied_with(modules[""], module)):
             if at == path or not any(f"{at}{middle}.weight" in taker for middle in (".base_layer", "")):
                 taker.alias(f"{at}.weight", name)
