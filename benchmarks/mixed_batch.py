@@ -1,12 +1,16 @@
 """A batch with a different adapter for each row, over the plain base forward of the same rows (whole model, no gradients).
 
-    python -m benchmarks.mixed_batch --rows 64 --adapters 32
+    python -m benchmarks.mixed_batch --rows 64 --adapters 32 --resident 32 100 1000 --theirs
+
+As a server does it: a new random mixture for each step, chosen among all adapters that are resident, in a `with st.use(...)` around the forward.
+The reference library gets its mixtures by `adapter_names=`, in the same process, turn about, with as many adapters as a mixture holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,19 +23,17 @@ from benchmarks.models import ALL_SEVEN, smollm2
 from benchmarks.training_step import alternate
 
 
-def loading(adapters: int) -> tuple[Any, list[float]]:
-    """Return SmolLM2 in bfloat16 with `adapters` LoRAs, and the seconds each took to attach."""
-    model = smollm2(torch.bfloat16).eval()
+def attach(model: Any, adapters: range) -> list[float]:
+    """Add LoRAs of random values and return the seconds each took to attach."""
     seconds = []
-    for i in range(adapters):
+    for i in adapters:
         start = time.perf_counter()
         st.attach(model, st.LoRA(r=16, targets=ALL_SEVEN), name=f"a{i}")
         seconds.append(time.perf_counter() - start)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
+        with torch.no_grad():
+            for p in st.adapters(model)[f"a{i}"].parameters():
                 p.normal_(std=0.01)
-    return model, seconds
+    return seconds
 
 
 def reference(base: Any, adapters: int) -> Any:
@@ -45,60 +47,79 @@ def reference(base: Any, adapters: int) -> Any:
     return model.eval()
 
 
-def run(rows: int, adapters: int, repeats: int, theirs: bool) -> dict[str, Any]:
-    """Return seconds and ratios of one configuration."""
-    model, seconds = loading(adapters)
-    ids = torch.randint(5, 40_000, (rows, 1), generator=torch.Generator().manual_seed(0))
-    names = [f"a{i % adapters}" for i in range(rows)]
-    mixed, bare = st.use(model, rows=names), None
-    mixed.__enter__()
-    plan = model.slim_state.current()
-    mixed.__exit__()
-    out: dict[str, Any] = {"rows": rows, "adapters": adapters, "attach_first": seconds[0], "attach_last": statistics.median(seconds[-3:])}
+def mixtures(rows: int, adapters: int, resident: int) -> Callable[[], list[str]]:
+    """Return what draws the next mixture: `adapters` of those resident, each for as many rows, in any order."""
+    draw = random.Random(0)
 
-    def under(which: Any) -> Callable[[], float]:
-        def step() -> float:
-            leave = model.slim_state.enter(which)
-            try:
-                with torch.no_grad():
-                    model(input_ids=ids, use_cache=False)
-            finally:
-                leave()
-            return 0.0
+    def following() -> list[str]:
+        chosen = draw.sample(range(resident), adapters)
+        names = [f"a{chosen[i % adapters]}" for i in range(rows)]
+        draw.shuffle(names)
+        return names
 
-        return step
+    return following
 
-    from slimtune.core.plan import Plan
 
-    steps = {"base": under(Plan.of(bare)), "mixed": under(plan)}
-    if theirs:
-        other = reference(smollm2(torch.bfloat16), adapters)
-
-        def step() -> float:
-            with torch.no_grad():
-                other(input_ids=ids, use_cache=False, adapter_names=names)
-            return 0.0
-
-        steps["reference"] = step
-    times = alternate(steps, repeats)
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    """Return medians over that of the base: those of a round compare, as the machine has slow and fast phases."""
     median = {k: statistics.median(v) for k, v in times.items()}
-    out |= {"seconds": times, "median": median, "mixed_over_base": median["mixed"] / median["base"]}
-    if theirs:
-        out |= {"reference_over_base": median["reference"] / median["base"], "times_faster": median["reference"] / median["mixed"]}
+    found = {f"{k}_over_base": statistics.median(a / b for a, b in zip(v, times["base"], strict=True)) for k, v in times.items() if k != "base"}
+    if "reference" in median:
+        found["times_faster"] = statistics.median(a / b for a, b in zip(times["reference"], times["mixed"], strict=True))
+    return found
+
+
+def run(rows: int, adapters: int, resident: list[int], repeats: int, theirs: bool) -> dict[str, Any]:
+    """Return seconds and ratios of one configuration, for each number of resident adapters."""
+    model = smollm2(torch.bfloat16).eval()
+    other = reference(smollm2(torch.bfloat16), adapters) if theirs else None
+    ids = torch.randint(5, 40_000, (rows, 1), generator=torch.Generator().manual_seed(0))
+    first_of_all: list[float] = []
+    found: list[dict[str, Any]] = []
+    there = 0
+    for n in sorted({max(n, adapters) for n in resident or [adapters]}):
+        attached = attach(model, range(there, n))
+        first_of_all, there = first_of_all or attached, n
+        ours, same = mixtures(rows, adapters, n), mixtures(rows, adapters, adapters)
+
+        def base() -> float:
+            with st.use(model, None), torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+            return 0.0
+
+        def mixed(following: Callable[[], list[str]] = ours) -> float:
+            with st.use(model, rows=following()), torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+            return 0.0
+
+        def peft(following: Callable[[], list[str]] = same) -> float:
+            with torch.no_grad():
+                other(input_ids=ids, use_cache=False, adapter_names=following())  # type: ignore[misc]
+            return 0.0
+
+        start = time.perf_counter()
+        mixed()
+        entering = time.perf_counter() - start  # the adapters move side by side, once
+        steps = {"base": base, "mixed": mixed, **({"reference": peft} if theirs and not found else {})}
+        times = alternate(steps, repeats)
+        one = {"resident": n, "first_batch_seconds": entering, "attach_last": statistics.median(attached[-3:]), **ratios(times), "seconds": times}
+        found.append(one)
     switch = []
     for i in range(50):
         start = time.perf_counter()
         st.use(model, f"a{i % adapters}")
         switch.append(time.perf_counter() - start)
-    out["switch_seconds"] = statistics.median(switch)
-    return out
+    out: dict[str, Any] = {"rows": rows, "adapters": adapters, "attach_first": first_of_all[0], "switch_seconds": statistics.median(switch)}
+    out |= {k: v for k, v in found[0].items() if k not in ("resident", "first_batch_seconds", "seconds")}
+    return out | {"resident": found, "mixed_over_fewest_resident": found[-1]["mixed_over_base"] / found[0]["mixed_over_base"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--adapters", type=int, default=32, help="in one batch")
+    parser.add_argument("--resident", type=int, nargs="*", default=[], help="on the model; default: as many as in a batch")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--theirs", action="store_true")
     print(json.dumps(run(**vars(parser.parse_args())), indent=1))
 

@@ -38,7 +38,10 @@ JOBS: dict[str, list[list[str]]] = {
     ],
     "dora": [["benchmarks.dora_over_lora", "--dtype", d] for d in ("bfloat16", "float32")],
     "levers": [["benchmarks.levers", "--dtype", "bfloat16"]],
-    "mixed": [["benchmarks.mixed_batch", "--rows", str(r), "--adapters", str(a), "--theirs"] for r, a in ((16, 16), (64, 32))],
+    "mixed": [
+        ["benchmarks.mixed_batch", "--rows", "16", "--adapters", "16", "--theirs"],
+        ["benchmarks.mixed_batch", "--rows", "64", "--adapters", "32", "--resident", "32", "100", "1000", "--theirs"],
+    ],
     "many": [["benchmarks.many_adapters", "--adapters", "100", "--theirs", "30"]],
     "decode": [["benchmarks.decode", "--dtype", "bfloat16"], ["benchmarks.decode", "--dtype", "float32"]],
     "trunk": [["benchmarks.trunk", "--dtype", "bfloat16"]],
