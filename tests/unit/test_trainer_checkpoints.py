@@ -496,6 +496,12 @@ def test_an_unknown_trainer_is_refused(tmp_path: Path) -> None:
     st.attach(model, st.LoRA(r=2))
     with pytest.raises(CapabilityError, match=r"_save[\s\S]*st\.save"):
         Other(model=model, args=arguments(tmp_path), train_dataset=ROWS)
+    trainer = Other(model=model, args=arguments(tmp_path, save_strategy="no", max_steps=1), train_dataset=ROWS)  # what the hint says
+    trainer.train()
+    st.save(model, tmp_path / "mine")
+    st.load(tiny(), tmp_path / "mine")
+    with pytest.raises(CapabilityError, match="would lose the adapter"):
+        trainer.save_model()
 
 
 def test_a_sharded_adapter_is_refused(tmp_path: Path) -> None:

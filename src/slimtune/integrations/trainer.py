@@ -51,11 +51,11 @@ def teach(trainer_class: Any) -> None:
     def __init__(self: Any, model: Any = None, *args: Any, **kwargs: Any) -> None:
         with quantised_base(model) if carriers(model) else contextlib.nullcontext():
             construct(self, model, *args, **kwargs)
-        adopt(self)
+        adopt(self, certain=self.args.save_strategy != "no")
 
     @functools.wraps(train)
     def train_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        adopt(self)
+        adopt(self, certain=self.args.save_strategy != "no" or bool(args) or kwargs.get("resume_from_checkpoint"))
         if getattr(self, "keeps_adapters", False) and self.args.save_strategy != "no":
             check_saving(self)
         with training_with(self):
@@ -63,7 +63,7 @@ def teach(trainer_class: Any) -> None:
 
     @functools.wraps(save_model)
     def save_model_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if adopt(self):
+        if adopt(self, certain=True):
             return self.save_model(*args, **kwargs)  # from the top again, now that it knows
         return save_model(self, *args, **kwargs)
 
@@ -75,16 +75,21 @@ def carriers(model: Any) -> list[nn.Module]:
     return [m for m in unwrap(model).modules() if "slim_state" in m.__dict__] if isinstance(model, nn.Module) else []
 
 
-def adopt(trainer: Any) -> bool:
+def adopt(trainer: Any, certain: bool) -> bool:
     """Put `KeepsAdapters` in front of a trainer's class if its model carries adapters; tell whether that was new.
 
+    Args:
+        certain: it will save or load, so a kind of trainer that is not known here must be refused.
+
     Raises:
-        CapabilityError: this trainer is of a kind that it does not know.
+        CapabilityError: this trainer is of such a kind.
     """
     cls = type(trainer)
     if getattr(cls, "keeps_adapters", False) or not carriers(trainer.model):
         return False
     unknown = [name for name, takes in EXPECTED.items() if not _takes(getattr(cls, name, None), takes)]
+    if unknown and not certain:
+        return False
     if unknown:
         raise CapabilityError(
             f"this Trainer saves and loads in a way that slimtune does not know ({', '.join(unknown)}), so its checkpoints would lose the adapter",
