@@ -20,6 +20,7 @@ from slimtune.core.errors import CapabilityError as CapabilityError
 from slimtune.core.errors import DataError as DataError
 from slimtune.core.errors import FileError as FileError
 from slimtune.core.errors import FormatError as FormatError
+from slimtune.core.errors import InternalsError as InternalsError
 from slimtune.core.errors import InvalidName as InvalidName
 from slimtune.core.errors import MergeError as MergeError
 from slimtune.core.errors import MismatchError as MismatchError

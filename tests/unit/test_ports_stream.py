@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import slimtune as st
 from slimtune.core.errors import CapabilityError, PlanError, SpecError, TargetError
 from slimtune.ports.frame import frame
+from slimtune.ports.transformers_internals import cache_in
 from slimtune.testing import zoo
 from slimtune.testing.cases import rescale
 from slimtune.testing.subject import fill
@@ -331,6 +332,28 @@ def test_a_cache_by_hand() -> None:
     assert cache.get_seq_length() == 5 + 6
     with st.use(model, "a"), pytest.raises(PlanError, match="cache was filled without"):
         model(text[None].expand(2, -1), past_key_values=cache)
+
+
+def test_a_mask_as_long_as_a_window_is_no_mask_of_a_whole_cache() -> None:
+    model = prompted("gemma3")
+    text = TEXTS[2][None, : model.config.sliding_window]
+    with torch.no_grad(), st.use(model, "a"):
+        whole = model(text).logits
+        out = model(text[:, :-1], attention_mask=torch.ones_like(text[:, :-1]), use_cache=True)
+        last = model(text[:, -1:], attention_mask=torch.ones_like(text), past_key_values=cache_in(out)).logits
+    assert torch.allclose(last, whole[:, -1:], atol=1e-6)
+
+
+def test_generate_takes_an_empty_cache_of_ones_own() -> None:
+    from transformers import DynamicCache
+
+    model = prompted("gemma3")
+    st.use(model, "a")
+    text = TEXTS[2][None]
+    common: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(text, **common)
+    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+        assert torch.equal(model.generate(text, past_key_values=cache, **common), want)
 
 
 def test_what_generate_refuses() -> None:

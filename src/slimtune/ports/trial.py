@@ -148,7 +148,7 @@ def _attention(module: Any) -> str:
 
 def _possible(module: nn.Module) -> bool:
     """Tell whether forwards run for real here: no tracing, no fake tensors, no counting, no vmap."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
@@ -196,6 +196,7 @@ def _virtual_tokens(host: Any, device: torch.device) -> None:
     stepwise = facts.causal and call.cache is not None
     noise = [call.bare(torch.cat([x, x]))[:1] - bare, *([call.steps(BARE, x) - bare[:, -1:]] if stepwise else [])]
     call.scale(whole, bare, *noise)
+    call.same(call.bare(ids), bare, "for ids and for what `get_input_embeddings()` makes of them")
     with _acting({host.slim: prompt}):
         call.same(whole[:, P:], call.acting(Plan.of(NAME), ids), "all at once")
         if stepwise:
@@ -320,8 +321,8 @@ class _Caller:
         finally:
             leave()
 
-    def bare(self, x: Tensor) -> Tensor:
-        return self.base(lambda: first_tensor(self.forward(BARE, x)))  # type: ignore[no-any-return]
+    def bare(self, tokens: Tensor) -> Tensor:
+        return self.base(lambda: first_tensor(self.forward(BARE, tokens)))  # type: ignore[no-any-return]
 
     def acting(self, plan: Plan, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.tried(lambda: first_tensor(self.forward(plan, ids, mask)))  # type: ignore[no-any-return]
