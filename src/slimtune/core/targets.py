@@ -214,6 +214,14 @@ def find_modules(
                 stacks[at[0]] = max(stacks.get(at[0], 0), at[1] + 1)
         chosen = in_layers(layers, stacks)
         wanted = {p: m for p, m in wanted.items() if (at := layer_of(p)) is not None and at[1] in chosen[at[0]]}
+        for pattern in patterns if wanted else []:
+            left = [p for p, m in found.items() if matches(pattern, p, m, head_paths) and ok(m)]
+            if left and not any(layer_of(p) for p in left):
+                raise TargetError(
+                    f"target {pattern!r} lies in no block, so layers={layers!r} would leave it out",
+                    where=", ".join(left[:4]),
+                    hint=f"st.Union(of=[st.LoRA(targets=..., layers={layers!r}), st.LoRA(targets={pattern!r})]), or take it out of targets=",
+                )
     if not wanted:
         raise TargetError("after layers= and exclude= no module is left", where=f"targets={targets!r}", hint="loosen one of them")
     order = {path: i for i, path in enumerate(found)}
