@@ -1,6 +1,7 @@
 """Options of the methods with virtual tokens pass the suite on whole models, as their defaults do."""
 
 import pytest
+from compiled import run_compiled
 
 import slimtune as st
 from slimtune.testing import Check, checks
@@ -27,6 +28,4 @@ def test_variant(check: Check) -> None:
 @pytest.mark.parametrize("where", ["Llama", "BERT", "T5"])
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "multitask_prompt_tuning"])
 def test_virtual_tokens_compile(method: str, where: str) -> None:
-    for check in checks(method, cases=[case(where)], compile_all=True):
-        if check.name.startswith("compiled"):
-            check()
+    run_compiled(checks(method, cases=[case(where)], compile_all=True))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import run_compiled
 from torch import Tensor, nn
 
 import slimtune as st
@@ -43,17 +44,13 @@ def test_variant(check: Check) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [c.name for c in CASES if c.compiles])
 def test_lora_compiles_everywhere(where: str) -> None:
-    for check in checks("lora", cases=[case(where)], compile_all=True):
-        if check.name.startswith("compiled"):
-            check()
+    run_compiled(checks("lora", cases=[case(where)], compile_all=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(st.methods()))
 def test_every_plan_compiles(method: str) -> None:
-    for check in checks(method, cases=[case("Llama")], compile_all=True):
-        if check.name.startswith("compiled"):
-            check()
+    run_compiled(checks(method, cases=[case("Llama")], compile_all=True))
 
 
 @pytest.mark.slow
@@ -68,9 +65,7 @@ def test_experts_compile_in_the_forms_that_can(how: str) -> None:
         return model
 
     fit = dataclasses.replace(plain, make=make, compiles=True, name=how, dtype=torch.float32, rtol=1e-5)
-    for check in checks("lora", cases=[fit], compile_all=True):
-        if check.name.startswith("compiled"):
-            check()
+    run_compiled(checks("lora", cases=[fit], compile_all=True))
 
 
 # ---- wrong methods must fail ------------------------------------------------------------------------------------------

@@ -244,16 +244,29 @@ def test_qa_lora_refuses_what_would_not_merge_exactly() -> None:
         assert caught.value.hint
 
 
-def test_the_base_stays_itself_for_files(tmp_path: Path) -> None:
-    """An adapter trained on the 4-bit base loads onto the unquantised one, and the other way round."""
-    model = llama()
-    quantise(model, 32)
-    st.attach(model, st.QALoRA(group=32))
-    st.save(model, tmp_path / "a")
-    st.load(llama(), tmp_path / "a")
-    plain = llama()
-    st.attach(plain, st.QALoRA(group=32))
-    st.save(plain, tmp_path / "b")
-    again = llama()
-    quantise(again, 32)
-    st.load(again, tmp_path / "b")
+@pytest.mark.parametrize("trained_on", ["4 bits", "plain"])
+@pytest.mark.parametrize("loaded_on", ["4 bits", "plain"])
+def test_an_adapter_acts_the_same_on_either_base_and_from_either_file(trained_on: str, loaded_on: str, tmp_path: Path) -> None:
+    def base(kind: str) -> nn.Module:
+        model = llama()
+        if kind == "4 bits":
+            quantise(model, 32)
+        return model.eval()
+
+    def filled(kind: str) -> nn.Module:
+        model = base(kind)
+        st.attach(model, st.QALoRA(group=32))
+        values = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.slim_state.adapters["default"].parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=values))
+        return model.eval()
+
+    ids = torch.arange(6).view(2, 3)
+    st.save(filled(trained_on), tmp_path)
+    loaded = base(loaded_on)
+    st.load(loaded, tmp_path)
+    with torch.no_grad():
+        out, wanted, bare = (model(ids).logits for model in (loaded, filled(loaded_on), base(loaded_on)))
+    assert torch.equal(out, wanted)
+    assert not torch.allclose(out, bare, atol=1e-3)

@@ -19,12 +19,6 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def milliseconds(first: str, then: str) -> float:
-    """Return how long a statement takes after another (-X importtime does not see names that load on first use)."""
-    code = f"import time; {first}; t = time.perf_counter(); {then}; print(1000 * (time.perf_counter() - t))"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.mark.parametrize("statement", ["import torch, slimtune", EVERYTHING], ids=["import", "every name"])
 def test_import_pulls_in_nothing_heavy(statement: str) -> None:
     torch_only, ours = modules_after("import torch"), modules_after(statement)
@@ -33,12 +27,16 @@ def test_import_pulls_in_nothing_heavy(statement: str) -> None:
     assert extra <= {"slimtune", "safetensors", "numpy"}, f"torch does not need these: {sorted(extra)}"
 
 
-def test_print_what_the_import_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    torch_takes, ours = milliseconds("pass", "import torch"), milliseconds("import torch", "import slimtune")
-    every = milliseconds("import torch", EVERYTHING)
-    with capsys.disabled():
-        print(f"\nimport torch {torch_takes:.0f} ms; slimtune adds {ours:.0f} ms, all its names {every:.0f} ms", end=" ")
-    assert ours > 0
+def test_import_loads_next_to_nothing() -> None:
+    """At most 0.3 s over torch are promised (`make bench` measures them): names load on first use, so there is next to nothing to load."""
+    count = "import torch, sys; before = set(sys.modules); import slimtune; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["slimtune", "slimtune.version"]
+
+
+def test_import_does_not_wait_for_torch() -> None:
+    """The command line answers `--help` without it."""
+    assert "torch" not in modules_after("import slimtune")
 
 
 def test_every_public_name_is_there() -> None:
