@@ -101,6 +101,13 @@ def test_a_message_that_is_not_to_be_learnt_has_no_loss(tmp_path: Path, off: dic
     assert "WRONG" in texts[0]
 
 
+def test_marks_of_the_template_are_right_beside_characters_of_several_bytes(tmp_path: Path) -> None:
+    body = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    rows = [{"messages": said("héllo 🙂 日本", "ça 🙂🙂 日本語")}]
+    _, _, learned = load(tmp_path, rows, CHATML.replace("{{ m.content }}<|im_end|>", body))
+    assert learned == ["ça 🙂🙂 日本語<|im_end|>"]
+
+
 WISHES = {
     "half a weight": ({"weight": 0.5}, r"message 2 has 'weight': 0.5; it can be 0 or 1"),
     "a word": ({"train": "no"}, "message 2 has 'train': 'no'; it can be true or false"),

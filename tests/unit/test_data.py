@@ -74,6 +74,33 @@ def test_a_tokenizer_that_starts_with_a_special_token_keeps_it_once(tmp_path: Pa
     assert learned(words, example) == " great<|im_end|>"
 
 
+def test_texts_that_bring_their_own_special_tokens_keep_them_once(tmp_path: Path) -> None:
+    words = tokenizer(bos=True)
+    rows = [{"prompt": "<s>tea", "completion": " great<|im_end|>"}, {"prompt": "tea", "completion": " great"}]
+    pairs = load(jsonl(tmp_path / "a.jsonl", rows), words=words).train
+    assert [whole(words, e) for e in pairs] == ["<s>tea great<|im_end|>"] * 2
+    assert [learned(words, e) for e in pairs] == [" great<|im_end|>"] * 2
+    texts = load(jsonl(tmp_path / "b.jsonl", [{"text": "<s>the tea<|im_end|>"}, {"text": "the tea"}]), words=words).train
+    assert [whole(words, e) for e in texts] == ["<s>the tea<|im_end|>"] * 2
+
+
+def test_a_template_that_writes_the_first_token_itself_keeps_it_once(tmp_path: Path) -> None:
+    words = tokenizer("{{ bos_token }}" + str(tokenizer().chat_template), bos=True)
+    words.bos_token = "<s>"
+    example = load(jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), words=words).train[0]
+    assert example["input_ids"] == words.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
+    assert example["input_ids"].count(words.bos_token_id) == 1
+
+
+def test_the_end_is_learnt_where_it_is_the_padding_too(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    rows = load(jsonl(tmp_path / "a.jsonl", [{"prompt": "tea", "completion": " x" * n} for n in (1, 9)]), words=words).train
+    batch = Collator(words.pad_token_id)(rows.to_list())
+    assert (batch["labels"] == words.eos_token_id).sum(1).tolist() == [1, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [len(e["input_ids"]) for e in rows]
+
+
 def test_chats_learn_what_the_assistant_says(tmp_path: Path) -> None:
     words = tokenizer()
     assert "generation %" not in words.chat_template

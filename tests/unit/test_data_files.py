@@ -168,6 +168,23 @@ def test_a_file_that_has_moved_is_not_taken_for_a_hub_name(tmp_path: Path) -> No
         load(tmp_path / "here.jsonl", test_file=str(tmp_path / "gone.csv"))
 
 
+def test_parquet_keeps_names_of_classes_and_leaves_out_nulls_that_fill_gaps(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    table = Dataset.from_dict(
+        {"text": ["a", "b", "c", "d"], "label": [1, 0, 1, 0]}, features=Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    )
+    table.to_parquet(tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").raw["train"]["label"][:] == ["yes", "no", "yes", "no"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}}
+    other = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"y": {"type": "string"}}}}}
+    turns = [{"role": "user", "content": "q", "weight": None}, {"role": "assistant", "content": "a", "weight": 1}]
+    Dataset.from_list([{"messages": turns, "tools": [tool]}, {"messages": turns, "tools": [other]}]).to_parquet(tmp_path / "b.parquet")
+    rows = read_rows(recipe(tmp_path / "b.parquet")).splits["train"]
+    assert [json.loads(row["tools"]) for row in rows] == [[tool], [other]]
+    assert json.loads(rows[0]["messages"]) == [{k: v for k, v in m.items() if k != "weight"} for m in turns]
+
+
 # ---- what is not used, and hints ------------------------------------------------------------------------------------
 
 

@@ -36,9 +36,9 @@ def maker(rows: Rows, recipe: Recipe, encoder: Encoder, task: Task, max_length: 
     def whole_text(row: Example) -> list[tuple[Example, bool]]:
         room = max_length - len(encoder.prefix)
         ids, cut = _fit(encoder, row["text"], room, recipe.truncate)
-        ids = encoder.prefix + ids
-        if not cut and len(ids) + len(eos) <= max_length:
-            ids = ids + eos
+        ids = encoder.begin(ids)
+        if not cut and len(encoder.finish(ids)) <= max_length:
+            ids = encoder.finish(ids)
         return [({"input_ids": ids, "labels": list(ids)}, cut)]
 
     def answer(row: Example) -> list[tuple[Example, bool]]:
@@ -52,8 +52,9 @@ def maker(rows: Rows, recipe: Recipe, encoder: Encoder, task: Task, max_length: 
             prompt, target = encoder.parts([render_prompt(recipe, rows.format, short), completion])
             over = len(prompt) + len(target) - room
             if over <= 0:
-                ids = encoder.prefix + prompt + target + eos
-                labels = [IGNORE] * (len(ids) - len(target) - len(eos)) + target + eos
+                target = encoder.finish(target)
+                ids = encoder.begin(prompt) + target
+                labels = [IGNORE] * (len(ids) - len(target)) + target
                 made = {"input_ids": ids, "labels": labels, **({"label": index[row["label"]]} if labelled else {})}
                 return [(made, keep is not None)]
             keep = (len(encoder.plain([text])[0]) if keep is None else keep) - over

@@ -179,7 +179,7 @@ class Job:
         if self.chats:
             return self.turn_tokens([{"role": "user", "content": text}])
         encoder = Encoder(self.tokenizer)
-        return encoder.prefix + encoder.plain([render_prompt(self.recipe, self.format, text)])[0]
+        return encoder.begin(encoder.plain([render_prompt(self.recipe, self.format, text)])[0])
 
     def turn_tokens(self, turns: Sequence[dict[str, str]]) -> list[int]:
         """A conversation, ready for the model's next turn."""

@@ -38,6 +38,15 @@ class Encoder:
             return []
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
+    def begin(self, ids: list[int]) -> list[int]:
+        """Return the ids with the special tokens in front that a text starts with, unless it brings them itself ("<s>[INST] ...")."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def finish(self, ids: list[int]) -> list[int]:
+        """Return the ids with the end-of-text token behind them, unless they end with it already."""
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
     def parts(self, segments: Sequence[str]) -> list[list[int]]:
         """Return the ids of each consecutive piece of one text, such that every beginning of it is tokenised as if alone.
 
