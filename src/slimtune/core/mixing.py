@@ -19,6 +19,7 @@ from torch import nn
 from slimtune.core.patched import FORWARDS, Patched, assign, release, settle
 
 _CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
+_OWN = {"__dict__", "__weakref__", "__slotnames__", "slim_shell"}  # of a class itself
 _SHELLS = ("torch.nn.utils.parametrize", "torch.distributed.fsdp.", "torch.distributed._composable.")
 
 
@@ -142,7 +143,11 @@ def _reshelled(cls: type, core: type) -> type:
         return core
     inner = _inner(cls)
     bases = tuple(_reshelled(b, core) if b is inner else b for b in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
+    body = {k: v for k, v in cls.__dict__.items() if k not in _OWN}
+    first: type = cls.__dict__.get("slim_shell", cls)  # as torch made it
+    if first.__bases__ == bases and not (set(body) ^ set(first.__dict__)) - _OWN:
+        return first
+    return type(cls.__name__, bases, {**body, "slim_shell": first})
 
 
 def _blank(base: type, mixins: tuple[type, ...]) -> nn.Module:

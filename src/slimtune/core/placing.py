@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from slimtune.core.carried import SavesBase
 from slimtune.core.changed import Resizes
+from slimtune.core.elsewhere import blocked
 from slimtune.core.errors import InvalidName, MergeError, NameInUse, SiteError
 from slimtune.core.host import Slot, host, unhost
 from slimtune.core.kind import Kind
@@ -53,6 +55,13 @@ def check_free(model: nn.Module, name: str) -> None:
         InvalidName, NameInUse, MergeError, SiteError: it cannot.
     """
     check_name(name)
+    for path, module in base_modules(model).items():
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise SiteError(
+                "the weights of this lazy module do not exist yet, so they can be neither adapted nor frozen",
+                where=f"{path} ({type(module).__name__})",
+                hint="call the model once before, on any batch",
+            )
     state = model.__dict__.get("slim_state")
     if state is None:
         inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
@@ -101,6 +110,8 @@ def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str,
     """
     state: State | None = model.__dict__.get("slim_state")
     first = state is None
+    for site, _, _ in made:
+        _check_module(model, state, site)
     adapter = Adapter(name, spec, trainable=trainable)
     try:
         if state is None:
@@ -129,6 +140,23 @@ def install(model: nn.Module, name: str, spec: Spec, made: list[tuple[Site, str,
     adapter.set_live(False)
     state.adapters[name] = adapter
     return adapter
+
+
+def _check_module(model: nn.Module, state: State | None, site: Site) -> None:
+    """Raise if ops of another model sit on a module, or if it is offloaded in a way that would lose its own."""
+    slot = site.module._modules.get("slim")
+    if isinstance(slot, Slot) and slot.state is not state:
+        raise SiteError(
+            "this module carries adapters of another model, which it is a part of as well",
+            where=str(site),
+            hint="attach to what both share, as a model of its own, or give this model a copy of it: copy.deepcopy",
+        )
+    if block := blocked(model, site.path):
+        raise SiteError(
+            f"accelerate brings in the weights of this {block} as a whole, by names, which leaves no room for those of an adapter",
+            where=str(site),
+            hint="attach first and offload then, or leave preload_module_classes out",
+        )
 
 
 def uninstall(model: nn.Module, state: State, adapter: Adapter) -> None:

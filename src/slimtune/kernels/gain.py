@@ -4,7 +4,7 @@ The result is what the next layer keeps anyway, so the step costs no memory of i
 
     dL/dg_i = sum_n (dL/dy_ni) (y_ni - b_i) / g_i,   0 where g_i = 0 exactly,   dL/dz = g dL/dy
 
-FLOPs: n b forward, 3 n b backward. No second derivative.
+FLOPs: n b forward, 3 n b backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _Gain(torch.autograd.Function):
@@ -27,7 +26,6 @@ class _Gain(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         y, gain, bias = ctx.saved_tensors
         d_gain = None
@@ -35,8 +33,8 @@ class _Gain(torch.autograd.Function):
             flat = g.reshape(-1, g.shape[-1])
             total = (flat * y.reshape(flat.shape)).sum(0).to(gain.dtype)  # torch accumulates halves in float32; asking for a wide sum copies first
             if bias is not None:
-                total -= flat.sum(0).to(gain.dtype) * bias.to(gain.dtype)
-            d_gain = torch.where(gain == 0, 0.0, total / gain)
+                total = total - flat.sum(0).to(gain.dtype) * bias.to(gain.dtype)
+            d_gain = torch.where(gain == 0, 0.0, total / torch.where(gain == 0, 1.0, gain))
         return g * gain.to(g.dtype) if ctx.needs_input_grad[0] else None, d_gain, None
 
 

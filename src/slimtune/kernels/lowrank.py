@@ -2,7 +2,7 @@
 
 Kept for backward: h = x A^T [n, r], references to the weights and, only if A trains, x (or what x is made of, see `recipe`): with A frozen
 (LoRA-FA, arXiv 2308.03303) nothing of width a is kept. The float32 masters A and B are cast down to the data's type; activations are never
-cast up. Dropout is made again from its seed. Both functions refuse a second derivative.
+cast up. Dropout is made again from its seed. A backward that is to be differentiated again is made of plain operations.
 
 FLOPs forward 2 n r (a + b) beside 2 n a b; backward (x and factors) 4 n r (a + b) beside 2 n a b.
 """
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
+from slimtune.core.errors import CapabilityError
 from slimtune.kernels.dropout import draw_seed, dropped, kept, masked_
 from slimtune.kernels.gain import is_kept
-from slimtune.kernels.recipe import recipe_of
+from slimtune.kernels.recipe import itself, recipe_of
 
 
 class _LowRank(torch.autograd.Function):
@@ -41,14 +42,16 @@ class _LowRank(torch.autograd.Function):
             scale *= keep  # 1 / (1 - p) is part of the scale everywhere: x itself is not multiplied
         h = F.linear(xc, a)  # [n, a] @ [a, r] -> [n, r]
         _accumulate(y, h, b, scale)  # y += s h B^T
-        ctx.save_for_backward(h, A, B, weight, *(made_of if ctx.needs_input_grad[4] else ()))
+        keep_x = (x,) if make is itself else made_of  # x with its own past, for second derivatives
+        ctx.save_for_backward(h, A, B, weight, *(keep_x if ctx.needs_input_grad[4] else ()))
         ctx.scale, ctx.p, ctx.seed, ctx.make, ctx.shape, ctx.x_dtype = scale, p, seed, make, x.shape, x.dtype
         ctx.inputs = len(made_of)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable(ctx, g)
         h, A, B, weight, *made_of = ctx.saved_tensors
         need_x, need_y, _, _, need_A, need_B = ctx.needs_input_grad[:6]
         b = B.to(g.dtype)
@@ -76,6 +79,38 @@ class _LowRank(torch.autograd.Function):
         return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None] * ctx.inputs)
 
 
+def _differentiable(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """As `backward`, but what it returns can be differentiated again.
+
+    Raises:
+        CapabilityError: x was not kept, or only what it is made of.
+    """
+    h, A, B, weight, *kept_x = ctx.saved_tensors
+    need_x, need_y, _, _, need_A, need_B = ctx.needs_input_grad[:6]
+    if (need_A and ctx.make is not itself) or (need_B and need_x and not need_A):
+        raise CapabilityError(
+            "a second derivative through this low-rank product needs its input, which was not kept",
+            where="create_graph=True",
+            hint="train A as well (freeze='none'), and leave st.lean out" if ctx.make is itself else "leave st.lean out",
+        )
+    a, b = A.to(g.dtype), B.to(g.dtype)
+    mask: Tensor | float = 1.0
+    if ctx.p:
+        mask = kept(ctx.shape, ctx.p, ctx.seed, g.device, g.dtype)[0].ne(0).to(g.dtype)
+    dh = ctx.scale * (g @ b)  # [..., r]
+    dA = dB = dx = None
+    if need_A:
+        x = kept_x[0].to(g.dtype) * mask
+        h = F.linear(x, a)
+        dA = (dh.reshape(-1, dh.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
+    if need_B:
+        dB = (ctx.scale * g.reshape(-1, g.shape[-1]).T @ h.reshape(-1, h.shape[-1])).to(B.dtype)
+    if need_x:
+        dx = (dh @ a) * mask
+        dx = (dx if weight is None else dx + g @ weight).view(ctx.shape).to(ctx.x_dtype)
+    return (dx, g if need_y else None, None, None, dA, dB, None, None, None, None, *[None] * ctx.inputs)
+
+
 FEW = 16  # rows; below it, as when text is written token by token, what a product costs is its call, not its FLOPs
 
 
@@ -100,10 +135,16 @@ def _without_gradient(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) 
 
 
 def fusing(t: Tensor) -> bool:
-    """Tell whether hand-written functions may be used now: not compiling (the compiler fuses), autocasting, under torch.func, or on shapes alone."""
+    """Tell whether hand-written functions may be used now.
+
+    Not where the compiler fuses, under autocast, on shapes alone, and not where torch looks into what is called: under torch.func (whichever of
+    the tensors it has wrapped), while a graph is traced, and under forward-mode differentiation.
+    """
     if torch.compiler.is_compiling() or t.is_meta or torch.is_autocast_enabled(t.device.type):
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:  # type: ignore[attr-defined]
+        return False
+    return forward_ad._current_level < 0  # type: ignore[attr-defined]
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:

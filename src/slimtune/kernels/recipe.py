@@ -32,10 +32,11 @@ def mark(t: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def recipe_of(t: Tensor) -> Recipe:
     """Return the recipe of a tensor; without a mark, the tensor itself."""
     found = t.__dict__.get("slim_recipe")
-    return found if isinstance(found, Recipe) else Recipe(_itself, (t.detach(),))
+    return found if isinstance(found, Recipe) else Recipe(itself, (t.detach(),))
 
 
-def _itself(t: Tensor) -> Tensor:
+def itself(t: Tensor) -> Tensor:
+    """Make a tensor out of itself: what stands for a recipe where there is none."""
     return t
 
 

@@ -66,6 +66,8 @@ class DenseOp(Additive):
         return self.kind.read(module, self.param).detach(), self.kind.bias(module, self.param)
 
     def _name(self, module: nn.Module, t: Tensor, otherwise: str) -> str:
+        if isinstance(module.__dict__.get(self.param), Tensor):  # computed (old weight norm, pruning): no parameter is it, whatever its memory
+            return otherwise
         own = (n for n, _ in module.named_parameters() if not n.startswith("slim."))
         same = (n for n in own if (p := module.get_parameter(n)).data_ptr() == t.data_ptr() and p.numel() == t.numel() > 0)
         return next(same, otherwise)

@@ -125,8 +125,11 @@ class DoRAOp(Op):
 
     def _base_squares(self, host: nn.Module, W: Tensor | None = None) -> Tensor:
         """Return |W_i|^2 of the base's own rows, worked out anew when they have changed."""
-        source = host._parameters[self.param]  # kept itself, not its id: a new parameter must never pass for the old one
-        assert source is not None
+        source = host._parameters.get(self.param)  # kept itself, not its id: a new parameter must never pass for the old one
+        if source is None:  # computed anew for each forward, as by a parametrization
+            squares = (self.kind.read(host, self.param) if W is None else W).detach().to(self.m.dtype).square().sum(1)
+            self._dead = bool((squares == 0).any())
+            return squares
         if self._squares is None or self._squares[0] is not source or self._squares[1] != source._version:
             W = self.kind.read(host, self.param) if W is None else W
             squares = W.detach().to(self.m.dtype).square().sum(1)

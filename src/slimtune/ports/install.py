@@ -6,6 +6,8 @@ module is not changed for that other module.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from slimtune.core.errors import MergeError
@@ -15,25 +17,30 @@ from slimtune.core.fresh import LOADED
 class Exchange:
     """Holds the parameters that are not in place now; each call exchanges them with those that are."""
 
-    def __init__(self, module: nn.Module, aside: dict[str, nn.Parameter | None]) -> None:
+    def __init__(self, module: nn.Module, aside: dict[str, Tensor | None]) -> None:
         self.module, self.aside = module, aside
 
     def __call__(self) -> None:
         for name, value in self.aside.items():
-            self.aside[name], self.module._parameters[name] = self.module._parameters.get(name), value
+            table: dict[str, Any] = self.module._buffers if name in self.module._buffers else self.module._parameters
+            self.aside[name], table[name] = table.get(name), value
 
 
 def install(module: nn.Module, **values: Tensor | None) -> Exchange:
     """Replace parameters of `module` (None = leave); calling the result puts the old objects back."""
-    new: dict[str, nn.Parameter | None] = {}
+    new: dict[str, Tensor | None] = {}
     for name, value in values.items():
         if value is None:
             continue
+        if name in module._buffers:  # as torch leaves a frozen weight when its parametrization is removed
+            held = module._buffers[name]
+            new[name] = value.detach() if held is None else value.detach().to(device=held.device, dtype=held.dtype)
+            continue
         if name not in module._parameters:
             raise MergeError(
-                f"{name!r} of this {type(module).__name__} is computed (by a parametrization or weight norm), so nothing can be merged into it",
+                f"{name!r} of this {type(module).__name__} is computed anew for each forward, so nothing can be merged into it",
                 where=getattr(module._modules.get("slim"), "path", ""),
-                hint="remove the parametrization first: torch.nn.utils.parametrize.remove_parametrizations",
+                hint=f"make it a plain weight first: torch.nn.utils.{_removal(module, name)}",
             )
         if isinstance(value, nn.Parameter):  # a quantised parameter made by its own library
             new[name] = value
@@ -47,3 +54,14 @@ def install(module: nn.Module, **values: Tensor | None) -> Exchange:
     exchange = Exchange(module, new)
     exchange()
     return exchange
+
+
+def _removal(module: nn.Module, name: str) -> str:
+    """Return the call that makes a computed weight a plain one."""
+    if f"{name}_mask" in module._buffers:
+        return f"prune.remove(module, {name!r})"
+    if f"{name}_g" in module._parameters:
+        return f"remove_weight_norm(module, {name!r})"
+    if f"{name}_orig" in module._parameters:
+        return f"remove_spectral_norm(module, {name!r})"
+    return f"parametrize.remove_parametrizations(module, {name!r})"
