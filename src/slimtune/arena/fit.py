@@ -109,7 +109,6 @@ def fit(job: Job, task: Task, who: Contender, lr: float, seed: int, steps: int) 
     setup = set_up(job, task, who, seed, steps)
     train(job, task, setup, lr, seed, steps)
     mine = replace(job, model=setup.model)
-    mine._valid, mine._held_out, mine._candidates = job._valid, job._held_out, job._candidates
     found: dict[str, Any] = {"trainable": setup.trainable, "valid": selection(mine, task), "score": score(mine, task), "bytes": _bytes(setup)}
     if task.plain:
         found["forgetting"] = plain_loss(mine) - plain_loss(job)
@@ -213,7 +212,7 @@ def probe(job: Job, train_words: list[tuple[str, str]], test_words: list[tuple[s
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def features(rows: list[Any]) -> Any:
+    def features(rows: Sequence[Any]) -> Any:
         from slimtune.train.collate import Collator
         from slimtune.train.evaluate import measuring
 
