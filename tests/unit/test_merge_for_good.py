@@ -258,3 +258,20 @@ def test_the_cases_are_real() -> None:
     assert set(MERGING) <= {c.name for c in CASES}
     assert sum(s.can_merge(s.attached("a")) for s in subjects()) > 60
     assert isinstance(IDS, Tensor)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_bias_that_is_not_finite_leaves_the_weight_as_it_was(keep: bool) -> None:
+    """After peft 3689, 3705: the weight was written before the bias was looked at."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    st.attach(model, st.LoRA(r=2, up_bias=True))
+    fill(model, "default")
+    op: Any = model.slim_state.adapters["default"].ops["1", "weight"]
+    with torch.no_grad():
+        op.up_bias[0] = float("nan")
+    before = bits(model)
+    with pytest.raises(MergeError, match="NaN") as found:
+        st.merge(model, keep=keep)
+    assert "1.bias" in found.value.where
+    assert bits(model) == before
+    assert not model.slim_state.merged

@@ -150,3 +150,26 @@ def test_statistics_of_another_base_are_noticed(tmp_path: Path) -> None:
         st.load(other, tmp_path)
     assert any("running_mean" in n for n in st.load(other, tmp_path, relax="base").notes)
     st.load(net().double(), tmp_path)
+
+
+def test_a_norm_that_the_reference_trained_in_full_is_not_read_onto_another(tmp_path: Path) -> None:
+    """After peft 1732 and PR 3481: a batch norm among modules_to_save, with its running statistics."""
+    import peft
+    import safetensors.torch
+
+    x, y = images()
+    theirs: Any = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["0", "5"], modules_to_save=["1"], init_lora_weights=False))
+    theirs.train()
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        F.cross_entropy(theirs(x), y).backward()
+        optimizer.step()
+    theirs.eval()
+    want = theirs(x)
+    theirs.save_pretrained(tmp_path)
+    model = net().eval()
+    with pytest.raises(MismatchError, match=r"batch norms(.|\n)*1\.") as found:
+        st.load(model, tmp_path)
+    eval(found.value.hint.partition("then load: ")[2], {"model": model, "safetensors": safetensors})  # as the hint says
+    st.load(model, tmp_path)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from slimtune.files.layouts.config import Fields, check_config
 from slimtune.files.layouts.full import BiasCodec, FullCodec
 from slimtune.files.layouts.older_names import gather_experts, rename
 from slimtune.files.layouts.patterns import shortest, to_targets
-from slimtune.files.layouts.reading import all_there, base_copies, clean_names, op_places, other_places, sensible
+from slimtune.files.layouts.reading import all_there, base_copies, clean_names, op_places, other_places, same_statistics, sensible
 from slimtune.files.layouts.reference import HEADS, about_model
 
 
@@ -152,6 +152,7 @@ class ModularLayout(Layout):
         rename(taker, modules, self.key)
         if "target_parameters" in config:
             gather_experts(taker, modules, config, self.key)
+        same_statistics(taker, modules)
         tables = base_copies(taker, modules, config, relax, self.key)
         places = self.places(taker, modules, config)
         if not places:

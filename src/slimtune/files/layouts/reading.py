@@ -12,6 +12,7 @@ from torch import nn
 from slimtune.core.errors import FormatError, MismatchError, SpecError, closest
 from slimtune.core.kind import Kind
 from slimtune.core.spec import Spec
+from slimtune.core.still import tracks
 from slimtune.core.targets import kind_of
 from slimtune.files.container import TensorFile
 from slimtune.files.layouts.base import OUTSIDE, PREFIX, Place, Taker
@@ -176,6 +177,33 @@ def base_copies(
                 taker.alias(f"{at}.weight", name)
                 places.append(Place(at, "weight", "weight", "weight", "dense"))
     return places
+
+
+def same_statistics(taker: Taker, modules: dict[str, nn.Module]) -> None:
+    """Take batch norms out of a file (the reference trains them in full where its user asks for it): they must be those of this base.
+
+    Raises:
+        MismatchError: they are not, with what puts them into the base.
+    """
+    off = []
+    for name in list(taker.left):
+        path, _, short = name.rpartition(".")
+        module = modules.get(path)
+        own = {**module._parameters, **module._buffers}.get(short) if module is not None and tracks(module) else None
+        if own is None:
+            continue
+        theirs = taker.look(name)
+        taker.left.pop(name)
+        if own.shape != theirs.shape or not torch.allclose(own.detach().cpu().float(), theirs.float(), rtol=1e-3):
+            off.append(name)
+    if off:
+        raise MismatchError(
+            f"the file brings {len(off)} tensors of the base's batch norms as training left them, and this base has others: {', '.join(off[:2])}",
+            where=str(taker.file.path),
+            hint="put them into the base first, then load: "
+            f"model.load_state_dict({{k.removeprefix({PREFIX!r}): v for k, v in safetensors.torch.load_file({str(taker.file.path)!r}).items() "
+            f"if k.removeprefix({PREFIX!r}) in model.state_dict()}}, strict=False)",
+        )
 
 
 def all_there(
