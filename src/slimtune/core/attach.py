@@ -357,13 +357,18 @@ def roles_of(op: Op) -> list[tuple[str, nn.Parameter]]:
     return [(by_id.get(id(p), "core"), p) for p in op.parameters()]
 
 
-def keep_plan(model: nn.Module, checkpoint: Callable[..., Any] = torch.utils.checkpoint.checkpoint) -> Callable[..., Any]:
+def keep_plan(model: nn.Module, checkpoint: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return a checkpoint function that recomputes under the plan of the first run, for hand-written checkpointing.
 
     `model.gradient_checkpointing_enable()` of transformers needs no such call.
+
+    Args:
+        checkpoint: the function that is called; default: torch.utils.checkpoint.checkpoint.
 
     Example:
         >>> checkpoint = st.keep_plan(model)  # doctest: +SKIP
         >>> y = checkpoint(block, x, use_reentrant=False)  # doctest: +SKIP
     """
+    if checkpoint is None:
+        from torch.utils.checkpoint import checkpoint  # older versions of torch import it on demand, with sympy
     return KeepPlan(state_of(model), checkpoint)
