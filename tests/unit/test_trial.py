@@ -82,6 +82,16 @@ def test_prefixes_and_generation_are_tried_once(counted: list[str], monkeypatch:
     assert {result for result, _ in trial.RESULTS.values()} == {"passed"}
 
 
+def test_it_goes_on_beside_the_tasks_of_the_users_rows() -> None:
+    model = made("llama", st.MultitaskPromptTuning(tokens=3, tasks=3))
+    with st.tasks(model, [0, 2]):
+        model(IDS.expand(2, -1))
+    st.tasks(model, [1, 2])
+    model.generate(IDS.expand(2, -1), max_new_tokens=2, do_sample=False)
+    assert [result for result, _ in trial.RESULTS.values()] == ["passed", "passed"]
+    assert model.slim_state.tasks is not None
+
+
 def test_it_leaves_no_trace() -> None:
     model = made("llama", st.PromptTuning(tokens=3, init="like_tokens")).train()
     model.model.layers[0].eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import MappingProxyType
 from typing import Any
@@ -49,6 +49,18 @@ class tasks:
         token, self._state.block_tasks = self._tokens.pop()
         with contextlib.suppress(ValueError):  # closed in another context than it was opened in, which ends with it
             _SCOPE.reset(token)
+
+
+@contextlib.contextmanager
+def no_tasks(state: State) -> Iterator[None]:
+    """Have nobody say a task, for calls with rows of our own."""
+    before, token = state.block_tasks, _SCOPE.set({**_SCOPE.get(), state: None})
+    state.block_tasks = None
+    try:
+        yield
+    finally:
+        state.block_tasks = before
+        _SCOPE.reset(token)
 
 
 def _read(ids: Any) -> Tensor | None:

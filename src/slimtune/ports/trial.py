@@ -28,6 +28,7 @@ from slimtune.core.mixing import base_class
 from slimtune.core.op import Op
 from slimtune.core.plan import Plan
 from slimtune.core.state import BARE, Adapter, State
+from slimtune.core.tasks import no_tasks
 from slimtune.ports import transformers_internals as internals
 from slimtune.ports.body import Body
 from slimtune.ports.virtual import StreamOp
@@ -114,7 +115,7 @@ def _settle(module: Any, what: str, more: tuple[Any, ...], run: Callable[..., No
         if key not in RESULTS:
             _RUNNING.now = True
             try:
-                with _quiet(module):
+                with _quiet(module), no_tasks(state_of(module)):
                     run(*args)
                 RESULTS[key] = ("passed", "")
             except Untried as reason:
@@ -140,6 +141,12 @@ def _error(result: str, why: str, module: Any, what: str) -> InternalsError:
         where=f"{type(module).__name__} of transformers {number}{known} with {_attention(module)} attention",
         hint=f"{internals.install_hint()}; or a method that changes weights (st.LoRA)",
     )
+
+
+def state_of(module: Any) -> State:
+    """Return the state of a root or a host."""
+    state: State | None = module.__dict__.get("slim_state")
+    return module.slim.state if state is None else state  # type: ignore[no-any-return]
 
 
 def _attention(module: Any) -> str:
@@ -385,10 +392,10 @@ def _ids(host: Any, device: torch.device) -> Tensor:
     config = host.config.to_dict() if hasattr(host.config, "to_dict") else {}
     special = {v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
     num = int(table.weight.shape[0])
-    free = [i for i in range(num // 3, num) if i not in special and i != getattr(table, "padding_idx", None)][: 7 * (N + P) : 7]
+    free = [i for i in range(num) if i not in special and i != getattr(table, "padding_idx", None)]
     if len(free) < N + P:
         raise Untried(f"it has {num} tokens only")
-    return torch.tensor([free], device=device)
+    return torch.tensor([free[:: len(free) // (N + P)][: N + P]], device=device)
 
 
 @contextmanager
