@@ -369,6 +369,6 @@ def keep_plan(model: nn.Module, checkpoint: Callable[..., Any] | None = None) ->
         >>> checkpoint = st.keep_plan(model)  # doctest: +SKIP
         >>> y = checkpoint(block, x, use_reentrant=False)  # doctest: +SKIP
     """
-    if checkpoint is None:
-        from torch.utils.checkpoint import checkpoint  # older versions of torch import it on demand, with sympy
-    return KeepPlan(state_of(model), checkpoint)
+    from torch.utils.checkpoint import checkpoint as of_torch  # older versions of torch import it on demand, with sympy
+
+    return KeepPlan(state_of(model), of_torch if checkpoint is None else checkpoint)
