@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from slimtune.core.op import Op, changes
 
@@ -63,7 +64,7 @@ class Room:
         before, refs = [A.data, B.data], []
         for p, room in ((A, self.A), (B, self.B)):
             room[number].copy_(p)
-            p.data = torch.from_dlpack(room[number])  # type: ignore[attr-defined]  # a storage of its own over the same memory
+            p.data = from_dlpack(to_dlpack(room[number]))  # a storage of its own over the same memory
             refs.append(StorageWeakRef(p.untyped_storage()))
         self._tenants[number : number + 1] = [(refs[0], refs[1])]
         return before
