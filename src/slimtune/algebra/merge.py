@@ -18,10 +18,11 @@ from slimtune.algebra.merged_values import check_affine, merged_sites, merged_va
 from slimtune.algebra.permanent import merge_for_good, strip
 from slimtune.algebra.ties import Tied
 from slimtune.core.changed import check_hosts
+from slimtune.core.elsewhere import check_here
 from slimtune.core.errors import MergeError
 from slimtune.core.fold import Chain
 from slimtune.core.host import Slot
-from slimtune.core.placing import kind_at
+from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.plan import Plan, Which
 from slimtune.core.reach import merging
 from slimtune.core.state import BARE, state_of, unwrap
@@ -72,6 +73,7 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
     for name in plan.names:
         check_hosts(model, state.adapter(name))
     check_affine(model, state, links)
+    check_here(base_modules(model).items())
     if out is not None:
         from slimtune.algebra.merge_to_disk import merge_to_disk
 

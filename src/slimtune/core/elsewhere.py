@@ -71,17 +71,17 @@ def ties(model: Any) -> dict[str, str]:
 
 
 def check_here(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise if one of these modules, into which values are to be written, is filled from elsewhere at each forward.
+    """Raise if one of these modules, which are to be merged or written, is filled from elsewhere at each forward.
 
     Raises:
         MergeError: naming the first one.
     """
     for path, module in modules:
-        if any(_offloading(part) is not None for part in _parts(module)):
+        if _offloading(module) is not None:
             raise MergeError(
                 "accelerate brings this module's weights in anew for each forward, so nothing can be merged into them",
                 where=f"{path} ({type(module).__name__})",
-                hint="write a merged checkpoint instead: st.merge(model, name, out='merged'), and open that",
+                hint="st.save the adapter, open the base without offloading (device_map=None), st.load and merge there",
             )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from slimtune.core.carried import SavesBase
 from slimtune.core.changed import Resizes
@@ -62,6 +63,9 @@ def check_free(model: nn.Module, name: str) -> None:
                 where=f"{path} ({type(module).__name__})",
                 hint="call the model once before, on any batch",
             )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):  # until the first forward its weight is the one without the norm
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
     state = model.__dict__.get("slim_state")
     if state is None:
         inside = next((p for p, m in model.named_modules() if p and "slim_state" in m.__dict__), None)
