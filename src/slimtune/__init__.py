@@ -24,8 +24,9 @@ _HOME = {
     "slimtune.algebra.merge": ("merge", "unmerge"),
     "slimtune.core.attach": ("attach", "detach", "disabled", "keep_plan", "param_groups", "report", "trainable", "use"),
     "slimtune.core.errors": (
-        "CapabilityError", "DataError", "FileError", "FormatError", "InternalsError", "InvalidName", "MergeError", "MismatchError", "NameInUse", "NoSuchAdapter",
-        "PlanError", "RecipeError", "ReportError", "SiteError", "SlimtuneError", "SpecError", "TargetError",
+        "CapabilityError", "DataError", "FileError", "FormatError", "InternalsError", "InvalidName",
+        "MergeError", "MismatchError", "NameInUse", "NoSuchAdapter", "PlanError", "RecipeError", "ReportError",
+        "SiteError", "SlimtuneError", "SpecError", "TargetError",
     ),
     "slimtune.core.registry": ("methods", "register"),
     "slimtune.core.report": ("Report",),
