@@ -1,11 +1,12 @@
-"""Where a model goes, its adapters go: what a state dict of an adapted model holds, and what `save_pretrained` of its base does not.
+"""Where a model goes, its adapters go: what a state dict of an adapted model holds, and `save_pretrained` does not.
 
-An adapter's tensors stand in `model.state_dict()` as those of any other submodule, `<path>.slim.<name>.<key>.<tensor>`, so whatever saves,
-restores or averages a model by its state dict has them, and loading is as strict as torch is. What else its training goes on from (the
-optimizer steps that its method has seen, what the method keeps between steps) is one more tensor of bytes, `<path>.slim.<name>._extra_state`.
+An adapter's tensors stand in `model.state_dict()` as those of any other submodule, `<path>.slim.<name>.<key>.<tensor>`,
+so whatever saves, restores or averages a model by its state dict has them, and loading is as strict as torch is. What
+else its training goes on from (the optimizer steps that its method has seen, what the method keeps between steps) is
+one more tensor of bytes, `<path>.slim.<name>._extra_state`.
 
-An adapter that is merged is in the weights already, so it is left out as long as it is, and cannot be loaded. `save_pretrained` writes the
-base alone, as other libraries expect it, and says so.
+An adapter that is merged is in the weights already, so it is left out as long as it is, and cannot be loaded.
+`save_pretrained` writes the base alone, as other libraries expect it, and says so.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""transformers' Trainer, and those derived from it (TRL's, sentence-transformers'), over a model with adapters: checkpoints hold the adapters.
+"""transformers' Trainer, TRL's and sentence-transformers', over a model with adapters: checkpoints hold the adapters.
 
-`teach` wraps three methods of the class Trainer once. Each looks whether the trainer's model carries adapters; if so, the trainer gets
-`KeepsAdapters` in front of its own class, as a hosted module gets its mixins, so that whatever a subclass overrides stays below it. Nothing
-changes for models without adapters, for peft's, and for a Trainer whose class says `keeps_adapters = True` because it does this itself.
+`teach` wraps three methods of the class Trainer once. Each looks whether the trainer's model carries adapters; if so,
+the trainer gets `KeepsAdapters` in front of its own class, as a hosted module gets its mixins, so that whatever a
+subclass overrides stays below it. Nothing changes for models without adapters, for peft's, and for a Trainer whose
+class says `keeps_adapters = True` because it does this itself.
 
 A checkpoint holds what st.save writes, beside it the exact tensors and counters (`train.checkpoint`), and no base:
 
-    checkpoint-500/                  adapter_config.json, adapter_model.safetensors, README.md, state.safetensors
-    checkpoint-500/<name>/           the same, one folder for each adapter, where several train
+    checkpoint-500/          adapter_config.json, adapter_model.safetensors, README.md, state.safetensors
+    checkpoint-500/<name>/   the same, one folder for each adapter, where several train
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def teach(trainer_class: Any) -> None:
 
     @functools.wraps(train)
     def train_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        adopt(self, certain=self.args.save_strategy != "no" or bool(args) or kwargs.get("resume_from_checkpoint"))
+        loads = args[0] if args else kwargs.get("resume_from_checkpoint")
+        adopt(self, certain=self.args.save_strategy != "no" or bool(loads))
         if getattr(self, "keeps_adapters", False) and self.args.save_strategy != "no":
             check_saving(self)
         with training_with(self):
@@ -92,7 +94,8 @@ def adopt(trainer: Any, certain: bool) -> bool:
         return False
     if unknown:
         raise CapabilityError(
-            f"this Trainer saves and loads in a way that slimtune does not know ({', '.join(unknown)}), so its checkpoints would lose the adapter",
+            f"this Trainer saves and loads in a way that slimtune does not know ({', '.join(unknown)}), "
+            "so its checkpoints would lose the adapter",
             where=f"{cls.__module__}.{cls.__qualname__}",
             hint=BY_HAND,
         )
@@ -109,7 +112,8 @@ def _takes(method: Any, names: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _kept(cls: Any) -> Any:
-    return type(cls.__name__, (KeepsAdapters, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (KeepsAdapters, cls), about)
 
 
 class KeepsAdapters:
@@ -188,18 +192,20 @@ class KeepsAdapters:
             return super()._load_best_model()  # type: ignore[misc]
         restore(self.model, Path(self.state.best_model_checkpoint))
         if super()._load_best_model.__func__.__module__ != "transformers.trainer":  # type: ignore[misc]
-            super()._load_best_model()  # type: ignore[misc]  # a subclass has more to do, and calls _load_from_checkpoint for the rest
+            # A subclass has more to do, and calls _load_from_checkpoint for the rest.
+            super()._load_best_model()  # type: ignore[misc]
 
 
-# ---- what is kept, and where --------------------------------------------------------------------------------------------
+# ---- what is kept, and where ----------------------------------------------------------------------------------------
 def saved(model: nn.Module) -> list[str]:
     """Return the adapters that a checkpoint of this model holds: those that train, or all where nothing trains.
 
     Where only the base trains, beside adapters at rest, there is none: the Trainer saves the base as ever.
     """
     states: list[State] = [root.__dict__["slim_state"] for root in carriers(model)]
-    live = [name for state in states for name, adapter in state.adapters.items() if any(p.requires_grad for p in adapter.parameters())]
-    return live or ([] if outside(model) else [name for state in states for name in state.adapters])
+    adapters = [(name, adapter) for state in states for name, adapter in state.adapters.items()]
+    live = [name for name, adapter in adapters if any(p.requires_grad for p in adapter.parameters())]
+    return live or ([] if outside(model) else [name for name, _ in adapters])
 
 
 def outside(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Telling transformers' Trainer about adapters as soon as both are there, without importing it: `import slimtune` stays light."""
+"""Telling transformers' Trainer about adapters once both are there, without importing it: `import slimtune` stays light."""
 
 from __future__ import annotations
 
