@@ -14,7 +14,8 @@ from small import jsonl, reviews, tokenizer
 
 from slimtune.core.errors import DataError
 from slimtune.train import tables
-from slimtune.train.data import DataBundle, answers_text, load_data, read_rows
+from slimtune.train.data import DataBundle, load_data, read_rows
+from slimtune.train.data_notes import answers_text
 from slimtune.train.recipe import Recipe
 from slimtune.train.tables import Examples, token_counts
 

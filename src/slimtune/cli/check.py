@@ -98,7 +98,7 @@ def attach_empty(prepared: Prepared, recipe: Recipe) -> Report | None:
 
 def data_lines(prepared: Prepared) -> list[tuple[str, str]]:
     """Return (heading, text) lines about the rows."""
-    from slimtune.train.data import answers_text
+    from slimtune.train.data_notes import answers_text
     from slimtune.train.tables import token_counts
 
     data = prepared.data

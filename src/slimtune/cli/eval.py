@@ -11,7 +11,7 @@ def run(run_dir: str, data: str | None, limit: int | None) -> None:
         data: a file or data set to measure on instead.
         limit: at most this many rows.
     """
-    from slimtune.train.data import answers_text
+    from slimtune.train.data_notes import answers_text
     from slimtune.train.evaluate import Evaluation
     from slimtune.train.formats import MANY
     from slimtune.train.plain import plain

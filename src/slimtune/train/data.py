@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slimtune.core.errors import DataError
+from slimtune.train.data_notes import chat_notes, number_notes
 from slimtune.train.examples import Example, Maker, maker
-from slimtune.train.formats import MANY, alike, check_labels, find_candidates, find_labels, message_keys, normalise
+from slimtune.train.formats import alike, check_labels, find_candidates, find_labels, normalise
 from slimtune.train.plain import plain
 from slimtune.train.problems import PROBLEMS
 from slimtune.train.read import SPLITS, Source, hold_out, read_splits, sample
-from slimtune.train.render import template_of
 from slimtune.train.shapes import CHAT, CLASS, PAIR, SCORE, recognise
 from slimtune.train.tables import write_table
 from slimtune.train.tokens import IGNORE, Encoder
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from slimtune.train.models import Task
     from slimtune.train.recipe import Recipe
-
-_OURS = {"role", "content", "train", "tool_calls", "tool_call_id"}  # keys of a message that are dealt with here
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def read_rows(recipe: Recipe, trained: Trained | None = None) -> Rows:
     if trained is None and "label" in splits["train"].column_names and shape.format != SCORE:
         labels = find_labels(splits["train"], sources["train"])
         notes += alike(labels)
-        notes += _numbers(labels, shape.format)
+        notes += number_notes(labels, shape.format)
     for split, rows in splits.items():
         if labels and (split != "train" or trained is not None):
             check_labels(rows, labels, sources[split])
@@ -210,7 +208,7 @@ def tokenise_split(
         dataset = dataset.select(range(min(count, len(dataset))))
     examples, words, notes = _map(dataset, make, rows, split, max_length, _schema(rows.format, task))
     if rows.format == CHAT:
-        notes += _chat_notes(dataset, examples, encoder)
+        notes += chat_notes(dataset, examples, encoder)
     return examples, words, notes
 
 
@@ -230,32 +228,6 @@ def load_data(
 ) -> DataBundle:
     """Read and tokenise a recipe's data: `tokenise(read_rows(recipe, trained), ...)`."""
     return tokenise(read_rows(recipe, trained), recipe, tokenizer, task, longest)
-
-
-def answers_text(data: DataBundle, task: str) -> str:
-    """Return one line about what there is to answer: classes with their numbers, scores, or a choice among texts; "" of free text."""
-    if data.format == SCORE:
-        scores = [score for rows in data.raw.values() for score in rows["label"]]
-        return f"scores from {min(scores):g} to {max(scores):g}"
-    if task == "classification":
-        named = ", ".join(f"{i} = {plain(label)}" for i, label in enumerate(data.labels[:MANY]))
-        kind = "classes" if data.format == CLASS else "labels, any number of them at once"
-        return f"{len(data.labels)} {kind}: {named}{', ...' if len(data.labels) > MANY else ''}"
-    if data.candidates:
-        few = ", ".join(plain(a.strip()) for a in data.candidates[:8])
-        return f"answers: {few}{f', ... ({len(data.candidates)} in all)' if len(data.candidates) > 8 else ''}"
-    return "answers: free text (no choice among few), so there is a loss and no accuracy" if data.format == PAIR else ""
-
-
-def _numbers(labels: list[str], format: str) -> list[str]:
-    """Say it where classes look like scores."""
-    try:
-        fractions = sum(not float(label).is_integer() for label in labels)
-    except (ValueError, OverflowError):
-        return []
-    if format != CLASS or not fractions or len(labels) <= MANY:
-        return []
-    return [f"the labels are {len(labels)} different numbers, each taken for a class; `task: regression` reads them as scores"]
 
 
 def _schema(format: str, task: Task) -> Any:
@@ -279,18 +251,6 @@ def _answers(rows: Rows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, can
         row = {"text": words[0]["text"], "label": rows.labels[i]} if rows.format == CLASS else {"prompt": words[0]["prompt"], "completion": text}
         found += [[t for t in made["labels"] if t != IGNORE] for made, _ in make(row)]
     return found
-
-
-def _chat_notes(dataset: Dataset, examples: Dataset, encoder: Encoder) -> list[str]:
-    notes = []
-    source = str(encoder.tokenizer.chat_template) if isinstance(encoder.tokenizer.chat_template, dict) else template_of(encoder, None)
-    unread = sorted(key for key in message_keys(dataset) - _OURS if key not in source)
-    if unread:
-        notes.append(f"keys of messages that the chat template does not read: {', '.join(map(plain, unread))}")
-    last = next((t for t in reversed(examples[0]["labels"]) if t != IGNORE), None)
-    if last not in set(encoder.tokenizer.get_added_vocab().values()) | set(encoder.tokenizer.all_special_ids):
-        notes.append("the chat template ends an answer with no special token (with loss), so the model does not learn where to stop")
-    return notes
 
 
 def _map(dataset: Dataset, make: Maker, rows: Rows, split: str, max_length: int, schema: Any) -> tuple[Dataset, Dataset, list[str]]:
