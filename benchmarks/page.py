@@ -115,6 +115,10 @@ def rest(r: Results) -> list[str]:
         out.append("## Combining two adapters of rank 16 by SVD\n\n" + facts(x) + "\n")
     for x in r.get("meta", []):
         out.append("## Attaching LoRA to a 70B-shaped Llama without weights\n\n" + facts(x) + "\n")
+    for x in r.get("import", []):
+        lines = ["## Importing, processor seconds over `import torch`", "", "| | seconds |", "|---|---|"]
+        lines += [f"| {name} | {s:.3f} |" for name, s in x["seconds_over_torch"].items()]
+        out.append("\n".join([*lines, ""]))
     return out
 
 

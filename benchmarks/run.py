@@ -50,6 +50,7 @@ JOBS: dict[str, list[list[str]]] = {
     "growth": [["benchmarks.growth"]],
     "combine": [["benchmarks.combine"]],
     "meta": [["benchmarks.meta_attach"]],
+    "import": [["benchmarks.import_time"]],
 }
 
 
