@@ -112,7 +112,7 @@ def build(
     for site in (site for _, sites in placed for site in sites):
         problem = site.kind.problem(site.module)
         if problem:
-            raise SiteError(problem, where=str(site), hint="leave it out with exclude=")
+            raise SiteError(problem, where=str(site), hint=f"leave it out with exclude={(_short(site.path),)!r}")
     wrong = [(str(site), p) for part, sites in placed for site in sites for p in part.check(site)]
     if wrong:
         first = {p: site for site, p in reversed(wrong)}  # each reason once, with the first place it holds for
@@ -134,6 +134,12 @@ def build(
             sites = part.study(model, sites, data, shared)
         made += [(site, "", part.make(site.for_build(dtype, blank, shared), i)) for site in sites]
     return install(model, name, spec, made)
+
+
+def _short(path: str) -> str:
+    """Return the last name of a path, which means its siblings in the other blocks as well; the whole path where that is a number."""
+    last = path.rpartition(".")[2]
+    return path if last.isdigit() else last
 
 
 def _check_data(spec: Spec, data: Iterable[Any] | None) -> None:

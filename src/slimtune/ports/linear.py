@@ -21,6 +21,7 @@ from slimtune.core.plan import Plan
 from slimtune.kernels.lowrank import fusing, linear_low_rank
 from slimtune.kernels.mixed import add_mixed
 from slimtune.ports.install import install
+from slimtune.ports.own_forward import own_forward_problem
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,6 +38,10 @@ class LinearKind(Kind):
 
     def fits(self, module: Any) -> bool:
         return isinstance(module, nn.Linear)
+
+    def problem(self, module: Any) -> str:
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) and not self.quantised else None
+        return "" if weight is None or weight.dtype not in FLOATS else own_forward_problem(module)
 
     def shape(self, module: Any, param: str) -> tuple[int, ...]:
         return (module.out_features, module.in_features)
