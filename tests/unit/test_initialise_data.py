@@ -158,6 +158,9 @@ def test_lora_ga_takes_the_gradients_directions() -> None:
 def test_the_start_is_the_base_and_everything_is_as_it_was(init: str, make: Any) -> None:
     model = make()
     base = model(**batches(1)[0]).logits
+    bare = make()
+    st.attach(bare, st.LoRA(r=4))
+    hooks = {n: len(m._forward_hooks) for n, m in bare.named_modules()}
     model.train()
     next(model.children()).eval()
     modes = {n: m.training for n, m in model.named_modules()}
@@ -171,7 +174,7 @@ def test_the_start_is_the_base_and_everything_is_as_it_was(init: str, make: Any)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert torch.equal(next(model.parameters()).grad, torch.ones_like(next(model.parameters())))
     assert not any(p.grad is not None for p in list(model.parameters())[1:])
-    assert not any(m._forward_hooks for m in model.modules())
+    assert {n: len(m._forward_hooks) for n, m in model.named_modules()} == hooks
     torch.testing.assert_close(model.eval()(**batches(1)[0]).logits, base, atol=2e-6, rtol=0)
 
 

@@ -81,9 +81,10 @@ def _same_map(s: Subject, model: nn.Module, which: Which, name: str, what: str) 
 
 
 def _moved(model: nn.Module) -> list[Site]:
-    """Return the weights that adapter "a" changes."""
-    ops = adapter_of(model, "a").ops.items()
-    return [site_at(model, path, op.param) for (path, _), op in ops if hasattr(op, "weight")]
+    """Return the weights that adapter "a" changes and `convert` is asked to turn into a LoRA."""
+    ops = {at: op for at, op in adapter_of(model, "a").ops.items() if hasattr(op, "weight")}
+    rest = {at: op for at, op in ops.items() if op.method != "dense"}  # modules trained in full beside something else stay as they are
+    return [site_at(model, path, op.param) for (path, _), op in (rest or ops).items()]
 
 
 def _values(model: nn.Module, which: Which) -> Values:

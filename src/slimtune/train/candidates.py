@@ -50,11 +50,8 @@ def token_candidates(examples: Iterable[Mapping[str, Any]], decode: Callable[[To
         examples: rows with labels, every row's supervised part one piece at its end.
         decode: tokens to text, without special tokens.
     """
-    counts: dict[Tokens, int] = {}
-    for e in examples:
-        answer = answer_of(e)
-        counts[answer] = counts.get(answer, 0) + 1
-    answers = sorted(counts, key=lambda a: (-counts[a], a))
+    # Their order numbers them: it must not depend on how often each is seen, since a run that is opened again sees other rows.
+    answers = sorted({answer_of(e) for e in examples}, key=lambda a: (decode(a).strip(), a))
     prefix = _common(answers) if answers else ()
     if len(answers) < 2 or any(len(a) == len(prefix) for a in answers):
         return None
