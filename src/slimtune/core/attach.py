@@ -15,6 +15,7 @@ from slimtune.core.placing import check_free, install, put_to_use, uninstall
 from slimtune.core.plan import Plan, Which
 from slimtune.core.registry import spec_class
 from slimtune.core.report import Report, make_report
+from slimtune.core.rows import check_routed
 from slimtune.core.scopes import opener
 from slimtune.core.spec import Spec
 from slimtune.core.state import Adapter, State, state_of, unwrap
@@ -263,6 +264,7 @@ def use(model: nn.Module, which: Which = UNSAID, *, rows: Sequence[Which] | None
     if rows is not None and which is not UNSAID and which is not None:
         raise SpecError("use takes either one plan or rows=, not both", hint='st.use(model, rows=["a", None])')
     state.check(plan)
+    check_routed(state, plan)
     if state.merged:
         raise MergeError("an adapter is merged into the weights now", hint="st.unmerge(model) first")
     before = {}

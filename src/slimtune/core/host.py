@@ -30,6 +30,8 @@ class Slot(nn.Module):
         super().__init__()
         self.state, self.kind, self.path = state, kind, path
         self.chained: tuple[Plan | None, Any] = (None, None)  # that plan's chain here
+        self.flow: str | None = None  # what the rows of its input are, once a plan by rows has asked (see `core.rows`)
+        self.looked: tuple[int, int | None] | None = None  # for how many rows, of a plan of how many
         self.facts: Any = None  # what a kind has found out about this module
         self.taps: dict[str, Tap] = {}  # entrance -> what brings its input here
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slimtune.core.fold import Chain, fold, fold_rows
 from slimtune.core.plan import Plan
+from slimtune.core.rows import fitting
 
 NOUNS = {
     "linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding", "attention": "an attention", "experts": "a block of experts",
@@ -207,6 +208,7 @@ class Kind:
         uniform = plan.uniform(host.slim)
         if uniform is not None:
             return fold(host, lambda v: join(base, v, rest, kw), x, uniform, far)
+        plan = fitting(plan, host.slim, host, x, self.row_dim(host))
         parts = plan.split(host.slim, x.shape[self.row_dim(host)], x.device, host)
         return fold_rows(host, lambda v: join(base, v, rest, kw), x, parts, self.row_dim(host), far)
 

@@ -61,12 +61,13 @@ class Plan:
         self.names = {name for _, links in segments for link in links for name, _ in link}
         self._selectors: dict[tuple[int, torch.device], list[slice | Tensor]] = {}
         self._mixtures: dict[int, Mixture | None] = {}
+        self._blocks: Plan | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_selectors": {}, "_mixtures": {}}  # what was worked out belongs to this process and device
+        return {**self.__dict__, "_selectors": {}, "_mixtures": {}, "_blocks": None}  # what was worked out belongs to this process and device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"_mixtures": {}} | state)
+        self.__dict__.update({"_mixtures": {}, "_blocks": None} | state)
 
     @classmethod
     def of(cls, which: Which) -> Plan:
@@ -91,6 +92,14 @@ class Plan:
         plan = Plan(self.segments, self.size)
         plan.expand = True
         return plan
+
+    def blocks(self) -> Plan:
+        """Return this plan, allowing blocks of rows, made once."""
+        if self.expand:
+            return self
+        if self._blocks is None:
+            self._blocks = self.expanded()
+        return self._blocks
 
     def uniform(self, slot: Slot) -> Chain | None:
         """Return the one chain for all rows at a slot, or None when rows differ."""

@@ -108,6 +108,7 @@ class State:
         self.writes_over = False  # some module of the model writes over its input (inplace=True), so outputs cannot be kept for backward
         self.unreached: set[str] = set()  # modules with ops that no forward has called yet, until the first one of the whole model is over
         self.bypassed: set[str] = set()  # those that it did not call (see `core.reach`)
+        self.routed: dict[str, str] = {}  # modules that see routed tokens -> their class, as far as known (see `core.rows`)
         self.scoped_grad = False  # a `with` block has run a forward that records gradients
         self.tasks: Tensor | None = None  # task of each row, said outside of any block (see `core.tasks`)
         self.block_tasks: Tensor | None = None  # the same, of the block entered last: what compiled code reads

@@ -133,7 +133,7 @@ class ExpertsKind(Kind):
         if chain is not None:
             return self._run(host, chain, x, index, weights)
         out = torch.zeros_like(x)
-        plan = plan if plan.expand else plan.expanded()
+        plan = plan.blocks()
         selectors = plan.selectors(x.shape[0], x.device, host.slim.path, type(host).__name__)
         for rows, (_, links) in zip(selectors, plan.segments, strict=True):
             part = take(x, rows, 0), take(index, rows, 0), take(weights, rows, 0)

@@ -18,6 +18,7 @@ from slimtune.core.host import Slot
 from slimtune.core.kind import Kind
 from slimtune.core.mixing import base_class
 from slimtune.core.plan import Plan
+from slimtune.core.rows import fitting
 from slimtune.kernels.lowrank import fusing, linear_low_rank
 from slimtune.kernels.mixed import add_mixed
 from slimtune.ports.install import install
@@ -91,6 +92,7 @@ class LinearKind(Kind):
         if len(plan.segments) < 3 or x.dim() < 2 or x.numel() > FEW_TOKENS * x.shape[-1] or not fusing(x):
             return None
         slot: Slot = host.slim
+        plan = fitting(plan, slot, host, x)
         mixture = plan.mixture(x.shape[0], slot.path, type(host).__name__)
         if mixture is None:
             return None

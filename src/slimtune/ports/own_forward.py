@@ -54,7 +54,7 @@ def _differs(module: Any, cls: type) -> str:
             twin.train(training)
             try:
                 y, again = twin(x), twin(x)
-            except Exception as error:  # noqa: BLE001  # whatever a foreign forward raises
+            except Exception as error:  # whatever a foreign forward raises
                 return f"which does not take rows [n, {module.in_features}] ({type(error).__name__})"
             if not isinstance(y, Tensor):
                 return f"which returns a {type(y).__name__}"
@@ -65,7 +65,7 @@ def _differs(module: Any, cls: type) -> str:
     return ""
 
 
-def _twin(module: Any, cls: type, rng: torch.Generator) -> Any:
+def _twin(module: Any, cls: Any, rng: torch.Generator) -> Any:
     """Return a copy with random parameters, so that nothing the forward does reaches the module, and a weight of zeros hides nothing."""
     twin = cls.__new__(cls)
     held = dict(module.__dict__)
