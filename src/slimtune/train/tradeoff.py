@@ -84,11 +84,19 @@ def measure(prepared: Prepared, recipe: Recipe, spec: Spec | None, report: Repor
 
     def count() -> Figures:
         counted: Figures = {mode: ([], [], []) for mode in EVERY}
-        for depth in (FEW, MORE):
-            model = _cut(cls, config, spec, depth)
-            for mode, every in EVERY.items():
-                for series, value in zip(counted[mode], _step(model, batch, every), strict=True):
-                    series.append(value)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the products are small: a second thread would mostly wait, at full load
+        gc.collect()
+        gc.freeze()  # what is there already need not be looked through before each step
+        try:
+            for depth in (FEW, MORE):
+                model = _cut(cls, config, spec, depth)
+                for mode, every in EVERY.items():
+                    for series, value in zip(counted[mode], _step(model, batch, every), strict=True):
+                        series.append(value)
+        finally:
+            gc.unfreeze()
+            torch.set_num_threads(threads)
         return counted
 
     grown = {m: [_line(s, deep) for s in series] for m, series in remember(_key(cls, config, spec, batch), count).items()}
