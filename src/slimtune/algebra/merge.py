@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from slimtune.algebra.follow import follow
 from slimtune.algebra.merged_values import check_affine, merged_sites, merged_values
 from slimtune.algebra.permanent import merge_for_good, strip
 from slimtune.algebra.ties import Tied
@@ -26,6 +28,7 @@ from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.plan import Plan, Which
 from slimtune.core.reach import merging
 from slimtune.core.state import BARE, state_of, unwrap
+from slimtune.ports.install import Exchange
 
 
 def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = None, keep: bool = True) -> None:
@@ -108,7 +111,7 @@ def merge(model: nn.Module, which: Which = None, *, out: str | Path | None = Non
 
 def _write(module: nn.Module, param: str, chain: Chain, lost: Lost) -> Callable[[], None]:
     """Merge one weight, and return what exchanges the old values and the new."""
-    weight, bias = merged_values(module, param, chain)
+    weight, bias = merged_values(module, param, chain, lambda before, exact, now: lost.note(module, before, exact, now))
     change = 0.0 if weight is None else lost.change_of(module, param, weight)
     exchange = kind_at(module).write(module, param, weight, bias)
     if weight is not None and change:
@@ -130,8 +133,7 @@ class Lost:
     """What rounding to the base's type (or quantising again) takes from the change that adapters make to the weights."""
 
     def __init__(self) -> None:
-        self.error = self.change = 0.0
-        self.worst = (0.0, "", "")
+        self.sites: dict[str, tuple[float, float, torch.dtype]] = {}  # path -> |error|^2, |change|^2, the type rounded to
 
     def change_of(self, module: nn.Module, param: str, weight: Tensor) -> float:
         """Return |merged - present|^2, 0 where nothing is rounded."""
@@ -144,16 +146,24 @@ class Lost:
         """Compare what one weight has become with what it should be."""
         slot: Slot = module._modules["slim"]  # type: ignore[assignment]
         now = slot.kind.read(module, param)
-        error = squared_gap(now, weight)
-        self.error, self.change = self.error + error, self.change + change
-        share = math.sqrt(error / change)
-        self.worst = max(self.worst, (share, slot.path, str(now.dtype if (p := module._parameters.get(param)) is None else p.dtype)))
+        kept = module._parameters.get(param)
+        self._count(slot.path, squared_gap(now, weight), change, now.dtype if kept is None else kept.dtype)
+
+    def note(self, module: nn.Module, before: Tensor, exact: Tensor, now: Tensor) -> None:
+        """Compare rows as they were, as they should be and as they have become."""
+        change = (before - exact).square_().sum()
+        self._count(module._modules["slim"].path, float((now - exact).square_().sum()), float(change), now.dtype)  # type: ignore[union-attr, arg-type]
+
+    def _count(self, path: str, error: float, change: float, dtype: torch.dtype) -> None:
+        before = self.sites.get(path, (0.0, 0.0, dtype))
+        self.sites[path] = (before[0] + error, before[1] + change, dtype)
 
     def report(self) -> None:
         """Warn if it is much."""
-        share = math.sqrt(self.error / self.change) if self.change else 0.0
+        change = sum(c for _, c, _ in self.sites.values())
+        share = math.sqrt(sum(e for e, _, _ in self.sites.values()) / change) if change else 0.0
         if share > MUCH:
-            worst, path, dtype = self.worst
+            worst, path, dtype = max((math.sqrt(e / c), path, str(kept)) for path, (e, c, kept) in self.sites.items() if c)
             warnings.warn(
                 f"merging into weights kept as {dtype.removeprefix('torch.')} rounds by {share:.0%} of what the adapter changes there "
                 f"(most at {path}: {worst:.0%}). Compare outputs before you rely on it; unmerged, or merged into a float32 base, nothing is lost",
@@ -172,12 +182,17 @@ def squared_gap(a: Tensor, b: Tensor) -> float:
 def unmerge(model: nn.Module) -> None:
     """Give the base its very bits back and put the adapters that were merged into use again.
 
+    Where the model has scaled the merged weights by powers of two meanwhile (RWKV does, whenever it changes between training and eval), the base's
+    are scaled alike.
+
     Raises:
-        MergeError: nothing is merged.
+        MergeError: nothing is merged, or the merged weights have been changed since.
     """
-    state = state_of(unwrap(model))
+    model = unwrap(model)
+    state = state_of(model)
     if not state.merged:
         raise MergeError("nothing is merged", hint="st.merge(model, name) comes first")
+    follow(model, state)
     for step in reversed(state.merged):
         step()
     plan = state.merged_plan
@@ -188,12 +203,20 @@ def unmerge(model: nn.Module) -> None:
 
 def lifted(model: nn.Module) -> Callable[[], None]:
     """Take the merged values out for a while (pointer swaps only); the function returned puts them back."""
-    exchanges = list(state_of(model).merged)
+    state = state_of(model)
+    follow(model, state)
+    exchanges = list(state.merged)
     for step in reversed(exchanges):  # newest first, as in unmerge: two exchanges may hold the same parameter
         step()
 
     def back() -> None:
+        moved = {type(step.module).__name__ for step in exchanges if isinstance(step, Exchange) and step.changed()}
         for step in exchanges:
             step()
+        if moved:
+            raise MergeError(
+                f"weights of the base ({', '.join(sorted(moved))}) were changed in place while the merged ones were out, so these no longer fit",
+                hint="st.unmerge(model), and merge again",
+            )
 
     return back

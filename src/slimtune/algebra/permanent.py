@@ -1,7 +1,10 @@
 """A permanent merge: the old weights are let go one by one, and the model is a plain one afterwards.
 
-Each weight is tried first (computed, checked, put in and taken out again), so that a merge that cannot be finished changes nothing. Nothing is
-kept from one weight to the next: beside the model there is at most what one layer takes.
+Each weight is tried first (computed, checked, put in and taken out again), so that a merge that cannot be finished changes nothing. That is twice
+the work, and no less would do: finite factors do not make a finite product, nor one that a shorter type can hold, and a weight that is gone cannot
+be put back. Nothing is kept from one weight to the next: beside the model there is at most what one layer takes in the base's type, and a few rows
+of it in float32; in half precision twice the layer in float32 where its rows are not made one by one (`Op.by_rows`: methods other than LoRA, DoRA,
+IA3 and Dense, and LoRA on convolutions, embeddings and experts).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
     magnify(z, b, host, before)  the last step of a replacement around an op `inner`: z is what the whole weight made without the bias b
     enter(x, host) -> x'       changes the module's input
     weight(W) -> W'            exact form on the canonical weight: mergeable, convertible, combinable
+    weight_rows(W[at], at)     the rows `at` of W', where `by_rows()` says that they need no others: merging then holds few in float32
     bias(b | None) -> b'       exact form on the bias
     tied                       optional attribute: an object that ops on weights tied to each other share if they do the same to them
     hold()                     context in which what the method treats as a constant for gradients is one (its stated stop-gradient)
@@ -78,6 +79,14 @@ class Op(nn.Module):
         """Return y + w * run(x, y, host); ops with a fused form override this."""
         d = self.run(x, y, host)  # type: ignore[operator]
         return y + d.to(y.dtype) if w is None else y + (w * d).to(y.dtype)
+
+    def by_rows(self) -> bool:
+        """Tell whether rows of the new weight can be made from the same rows of the old one, with `weight_rows`."""
+        return False
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        """Return the rows `at` (of dimension 0) of the new weight from those of the old one."""
+        raise NotImplementedError
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the (name, tensor) pairs that have a role."""

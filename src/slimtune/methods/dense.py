@@ -33,6 +33,12 @@ class DenseOp(Additive):
     def delta(self) -> Tensor:
         return self.D
 
+    def by_rows(self) -> bool:
+        return True
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        return W + self.D[at].to(device=W.device, dtype=W.dtype)
+
     def run(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         out = self.kind.apply(x, cast(self.D, y), host)
         return out if self.d is None else out + self.kind.along_output(cast(self.d, y), out)

@@ -56,6 +56,13 @@ class DoRAOp(Op):
         V = self.inner.weight(W)
         return V * self.kind.over_outputs(gain_of(self.m.to(V.device, V.dtype), row_norms(V, self.kind.out_axis)), V)
 
+    def by_rows(self) -> bool:
+        return self.kind.out_axis == 0 and self.inner.by_rows()
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        V = self.inner.weight_rows(W, at)
+        return V * self.kind.over_outputs(gain_of(self.m[at].to(V.device, V.dtype), row_norms(V, self.kind.out_axis)), V)
+
     def bias(self, b: Tensor | None) -> Tensor | None:
         return self.inner.bias(b) if hasattr(self.inner, "bias") else b  # type: ignore[operator]  # the magnitude is the weight's alone
 

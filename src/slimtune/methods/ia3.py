@@ -35,6 +35,12 @@ class ScaleOutput(Op):
     def weight(self, W: Tensor) -> Tensor:
         return W * self.kind.over_outputs(self.l.to(W.device, W.dtype), W)
 
+    def by_rows(self) -> bool:
+        return self.kind.out_axis == 0
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        return W * self.kind.over_outputs(self.l[at].to(W.device, W.dtype), W)
+
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if b is None else b * self.l.to(b.device, b.dtype)
 
@@ -54,6 +60,12 @@ class ScaleInput(Op):
 
     def weight(self, W: Tensor) -> Tensor:
         return W * self.kind.over_inputs(self.l.to(W.device, W.dtype), W)
+
+    def by_rows(self) -> bool:
+        return self.kind.out_axis == 0 and len(self.shape) == 2
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        return self.weight(W)
 
 
 @register("ia3")

@@ -127,6 +127,15 @@ class LoRAOp(Additive):
         delta = self.delta().to(device=W.device, dtype=W.dtype)  # a fresh tensor: merging takes the memory of one layer more, not of two
         return delta.add_(W) if delta.is_contiguous() else W + delta
 
+    def by_rows(self) -> bool:
+        own = type(self).delta is LoRAOp.delta and type(self).weight is LoRAOp.weight
+        return own and self.kind.out_axis == 0 and len(self.shape) == 2  # the rows of B are those of the weight
+
+    def weight_rows(self, W: Tensor, at: slice) -> Tensor:
+        A, B = self.factors()
+        delta = self.kind.compose(A, B[at], tuple(W.shape))
+        return (delta * self.scale if torch.is_grad_enabled() else delta.mul_(self.scale)).to(device=W.device, dtype=W.dtype) + W
+
     def pair(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
         return A, self.scale * B

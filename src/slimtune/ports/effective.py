@@ -18,8 +18,13 @@ def of_param(chain: Chain, param: str) -> Chain:
     return narrow(chain, lambda op: op.port == "weight" and op.param == param)
 
 
-def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module) -> tuple[Tensor, Tensor | None]:
+def effective(
+    weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module, at: slice | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return (weight, bias) after a chain, computed in float32 (float64 for float64) and cast once to the weight's dtype.
+
+    Args:
+        at: the rows of the whole weight that `weight` is, where that is not all of it; every op is one `by_rows` then.
 
     Raises:
         CapabilityError: an op has no exact form on the weight, or is weighted and transforms the weight it finds.
@@ -35,7 +40,7 @@ def effective(weight: Tensor, bias: Tensor | None, chain: Chain, host: nn.Module
             for member in members(op):
                 _check(member, plain, host)
             if hasattr(op, "weight"):
-                new = op.weight(W0)  # type: ignore[operator]
+                new = op.weight(W0) if at is None else op.weight_rows(W0, at)  # type: ignore[operator]
                 W = new if w is None else W + w.to(work) * (new - W0)
     b = effective_bias(None if bias is None else bias.to(work), chain)
     return W.to(weight.dtype), None if b is None else b.to(weight.dtype)
