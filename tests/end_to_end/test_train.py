@@ -258,7 +258,7 @@ def test_nan_at_once_is_an_error_and_leaves_nothing(world: Path, settings: dict[
         schedule="constant",
         **{"epochs": 2, **settings},
     )
-    with pytest.raises(RecipeError, match="became|holds NaN or infinity") as error:
+    with pytest.raises(RecipeError, match=r"became|holds NaN or infinity") as error:
         command.run(str(recipe), [], resume=False)
     assert "lower lr" in error.value.hint
     assert not (recipe.parent / "run").exists()

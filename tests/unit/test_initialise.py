@@ -75,7 +75,8 @@ def ops(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("init", sorted(set(INITS) - {"loftq"} - set(STUDIES)))
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_start_is_the_base_and_the_base_is_untouched(site: str, init: str, stabilised: bool) -> None:
-    model, run = build(site, torch.float64)  # in float32 a start that is subtracted leaves rounding of the order of its size, in whatever order of sums
+    # In float32 a start that is subtracted leaves rounding of the order of its size, in whatever order of sums.
+    model, run = build(site, torch.float64)
     base = run(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     st.attach(model, st.LoRA(r=4, init=init, targets=SITES[site][2], rank_stabilised=stabilised))

@@ -251,7 +251,8 @@ def test_members_keep_their_places_and_options() -> None:
     from slimtune.testing import zoo
 
     model = zoo.bert()
-    spec = st.Union(of=(st.LoRA(r=4, targets=("query", "value")), st.LoRA(r=2, targets="query"), st.Parallel(layers="last:1")), layers="last:1", train_modules=())
+    members = (st.LoRA(r=4, targets=("query", "value")), st.LoRA(r=2, targets="query"), st.Parallel(layers="last:1"))
+    spec = st.Union(of=members, layers="last:1", train_modules=())
     report = st.attach(model, spec)
     found = [(row.path.removeprefix("bert.encoder.layer."), row.trainable) for row in report.rows]
     assert found == [

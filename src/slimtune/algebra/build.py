@@ -27,7 +27,6 @@ from slimtune.methods.bitfit import BitFit
 from slimtune.methods.dense import Dense
 from slimtune.methods.lora import LoRA
 
-
 LARGE = 0.1  # relative error from which a report warns: below it, answers hardly differ
 
 
@@ -66,7 +65,8 @@ class Outcome(Report):
             worst = max(self.errors, key=lambda at: self.errors[at])
             lines.append(f"  relative error: {self.error:.2g} over all, at most {self.worst:.2g} ({worst})")
             if self.error > LARGE:
-                lines.append(f"  warning: {_lost(self.error)} of the change is lost; a higher rank keeps more (energy=0.95 finds one for each weight)")
+                hint = "a higher rank keeps more (energy=0.95 finds one for each weight)"
+                lines.append(f"  warning: {_lost(self.error)} of the change is lost; {hint}")
         elif self.errors:
             lines.append("  exact")
         return "\n".join(lines)

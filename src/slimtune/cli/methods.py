@@ -49,7 +49,8 @@ def run(name: str | None) -> None:
     for field in dataclasses.fields(cls):
         default = default_of(field)
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) and default and isinstance(default[0], Spec) else default
-        cells = (written(hints[field.name]), str(shown) if isinstance(default, Spec) or shown is not default else repr(default), meanings.get(field.name, ""))
+        value = str(shown) if isinstance(default, Spec) or shown is not default else repr(default)
+        cells = (written(hints[field.name]), value, meanings.get(field.name, ""))
         table.add_row(f"[bold]{written_as(field.name)}[/]", *map(escape, cells))
     console.print()
     console.print(table)

@@ -44,13 +44,15 @@ def whole_model(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     """
     ops = [(path, op) for (path, _), op in st.adapters(model)["default"].ops.items() if op.port == "stream"]
     (path, op), *behind = ops
+    rows: Any = op.rows
     table = model.get_submodule(path).get_input_embeddings()
-    x = in_front(op.rows(None, None), table(inputs[0]))
+    x = in_front(rows(None, None), table(inputs[0]))
     if len(inputs) == 1:
         return first_tensor(model(inputs_embeds=x))[:, -inputs[0].shape[1] :]
     y = table(inputs[2])
-    for _, op in behind:
-        y = in_front(op.rows(None, None), y)
+    for _, other in behind:
+        rows = other.rows
+        y = in_front(rows(None, None), y)
     return first_tensor(model(inputs_embeds=x, decoder_inputs_embeds=y))[:, -inputs[2].shape[1] :]
 
 
