@@ -37,6 +37,28 @@ def check_hosts(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
+class Fuses:
+    """Mixin of blocks that make one layer out of the weights of several (diffusers, fuse_qkv_projections): it would know nothing of adapters."""
+
+    rank = 0
+
+    @staticmethod
+    def slim_suits(base: type) -> bool:
+        return hasattr(base, "fuse_projections")
+
+    def fuse_projections(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        slots = [slot for m in module.children() if isinstance(slot := m._modules.get("slim"), Slot)]
+        if slots:
+            names = sorted({name for slot in slots for name in slot._modules})
+            raise SiteError(
+                f"projections that carry an adapter ({', '.join(names)}) cannot be fused: the fused layer would be made from the bare weights",
+                where=", ".join(slot.path for slot in slots[:4]),
+                hint="fuse first and attach then; or make the adapter part of the weights before: st.merge(model, keep=False)",
+            )
+        return super().fuse_projections(*args, **kwargs)  # type: ignore[misc]
+
+
 class Resizes:
     """Mixin of every part of a model whose tables of tokens can be resized: not under adapters that sit on them."""
 

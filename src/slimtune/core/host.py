@@ -16,7 +16,8 @@ from slimtune.core.kind import Kind
 from slimtune.core.mixing import generalise, specialise
 from slimtune.core.op import Op
 from slimtune.core.plan import NameLink, Plan
-from slimtune.core.state import State
+from slimtune.core.reach import check_copy
+from slimtune.core.state import COPY, State
 from slimtune.core.tap import Tap
 from slimtune.kernels.dropout import forget
 
@@ -119,6 +120,8 @@ class Hosted:
         state = slot.state
         if state.unreached and not torch.compiler.is_compiling():  # until the first forward has been looked at (see `core.reach`)
             state.unreached.discard(slot.path)
+            if COPY in state.unreached:
+                check_copy(state, slot.path, self)  # type: ignore[arg-type]
         plan = state.current()
         base = super().forward  # type: ignore[misc]
         held = slot._modules

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from slimtune.core.carried import SavesBase
-from slimtune.core.changed import Resizes
+from slimtune.core.changed import Fuses, Resizes
 from slimtune.core.elsewhere import blocked
 from slimtune.core.errors import InvalidName, MergeError, NameInUse, SiteError
 from slimtune.core.host import Slot, host, unhost
@@ -199,6 +199,7 @@ def _root(model: nn.Module) -> State:
     for module in modules.values():
         specialise(module, SavesBase)
         specialise(module, Resizes)
+        specialise(module, Fuses)
     keep_still(modules)
     watch_trainers()
     return state
@@ -217,6 +218,7 @@ def _unroot(model: nn.Module) -> None:
     for module in modules.values():
         generalise(module, SavesBase)
         generalise(module, Resizes)
+        generalise(module, Fuses)
     model.__dict__.pop("slim_state", None)
 
 

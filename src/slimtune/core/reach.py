@@ -7,16 +7,22 @@ siblings were called (an expert that no token was sent to, a layer that was drop
 from __future__ import annotations
 
 import re
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from slimtune.core.errors import SiteError
+from slimtune.core.state import COPY
+
 if TYPE_CHECKING:
     from slimtune.core.state import State
 
+CALL = nn.Module._call_impl.__code__
 SHOWN = 6  # paths that one sentence names
 
 
@@ -38,10 +44,41 @@ def after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     state.unreached -= missed
     alive = {family(path) for path in used - missed}
-    bypassed = sorted(path for path in missed if family(path) not in alive)
+    # A weight that is tied to one of a module that was called (T5's `shared`) acts there.
+    called = {id(p) for path in used - missed for p in _own(model, path)}
+    bypassed = sorted(path for path in missed if family(path) not in alive and not any(id(p) in called for p in _own(model, path)))
     if bypassed:
         state.bypassed |= set(bypassed)
         warnings.warn(sentence(bypassed, len(used)), NotReachedWarning, stacklevel=2)
+
+
+def check_copy(state: State, path: str, module: nn.Module) -> None:
+    """Raise if a module whose state was copied along with it runs in a model with another state: a block replaced by its copy, or added as one.
+
+    Raises:
+        SiteError: it follows no `use` of that model.
+    """
+    roots = [found for m in running(sys._getframe(2)) if (found := m.__dict__.get("slim_state")) is not None]
+    if any(found is state for found in roots):
+        state.unreached.discard(COPY)
+    elif roots:
+        raise SiteError(
+            "this is a copy of a part of a model with adapters: what it carries follows neither st.use nor training of the model that it is in now",
+            where=f"{path} ({type(module).__name__})",
+            hint="copy blocks before st.attach: st.save the adapter, st.detach it, copy, then attach or load again",
+        )
+
+
+def running(frame: FrameType | None) -> Iterator[nn.Module]:
+    """Yield the modules whose calls are running here, the innermost first."""
+    while frame is not None:
+        if frame.f_code is CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _own(model: nn.Module, path: str) -> list[nn.Parameter]:
+    return [p for p in model.get_submodule(path)._parameters.values() if p is not None]
 
 
 def merging(state: State, paths: Iterable[str]) -> None:
