@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import slimtune as st
 from slimtune.core.reach import NotReachedWarning, family
@@ -94,6 +94,16 @@ def test_copies_look_for_themselves(how) -> None:
     st.attach(model, st.LoRA(r=2))
     with pytest.warns(NotReachedWarning):
         how(model)(torch.randn(2, 4))
+
+
+def test_a_table_that_is_tied_to_a_called_one_is_no_fault() -> None:
+    """T5 never calls `shared`; its rows are those of the tables of encoder and decoder."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0))
+    st.attach(model, st.TrainableTokens(tokens=(3, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotReachedWarning)
+        model(input_ids=torch.randint(0, 32, (1, 5)), labels=torch.randint(0, 32, (1, 5)))
 
 
 def test_detach_leaves_no_hook() -> None:

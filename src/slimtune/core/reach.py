@@ -44,9 +44,9 @@ def after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     state.unreached -= missed
     alive = {family(path) for path in used - missed}
-    # A weight that is tied to one of a module that was called (T5's `shared`) acts there.
-    called = {id(p) for path in used - missed for p in _own(model, path)}
-    bypassed = sorted(path for path in missed if family(path) not in alive and not any(id(p) in called for p in _own(model, path)))
+    # Ops on weights that are tied to each other share what they do: one of them is enough (T5's `shared` is never called itself).
+    acting = _ties(state, names, used - missed)
+    bypassed = sorted(path for path in missed if family(path) not in alive and not _ties(state, names, {path}) & acting)
     if bypassed:
         state.bypassed |= set(bypassed)
         warnings.warn(sentence(bypassed, len(used)), NotReachedWarning, stacklevel=2)
@@ -77,8 +77,9 @@ def running(frame: FrameType | None) -> Iterator[nn.Module]:
         frame = frame.f_back
 
 
-def _own(model: nn.Module, path: str) -> list[nn.Parameter]:
-    return [p for p in model.get_submodule(path)._parameters.values() if p is not None]
+def _ties(state: State, names: Iterable[str], paths: set[str]) -> set[int]:
+    ops = [op for name in names if name in state.adapters for (path, _), op in state.adapters[name].ops.items() if path in paths]
+    return {id(tied) for op in ops if (tied := getattr(op, "tied", None)) is not None}
 
 
 def merging(state: State, paths: Iterable[str]) -> None:
