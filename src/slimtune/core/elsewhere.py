@@ -114,3 +114,27 @@ def _offloading(module: nn.Module) -> Any:
 
 def _device(device: Any) -> torch.device:
     return torch.device("cpu") if device is None else torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Tell whether a model is wrapped in FullyShardedDataParallel, which keeps a part of every tensor in every process."""
+    return type(model).__name__ == "FullyShardedDataParallel"
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """Have all of a FullyShardedDataParallel model's tensors whole within the block, in every process; give the model inside."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    kind = FullyShardedDataParallel
+    with kind.summon_full_params(model, writeback=False):
+        inner: nn.Module = model._modules["_fsdp_wrapped_module"]  # type: ignore[assignment]
+        # Wrapped parts are taken for what they wrap, or no path of an adapter would be found below them.
+        nested = [(m, name, part) for m in inner.modules() for name, part in m._modules.items() if isinstance(part, kind)]
+        try:
+            for m, name, part in nested:
+                m._modules[name] = part._modules["_fsdp_wrapped_module"]
+            yield inner
+        finally:
+            for m, name, part in nested:
+                m._modules[name] = part

@@ -6,7 +6,6 @@ in one thread or task never shows in another. Under torch.compile, which cannot 
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -90,12 +89,6 @@ class Adapter:
             self._holders = (key, [m._parameters for op in self.ops.values() for m in op.modules()])
         return [p for held in self._holders[1] for p in held.values() if p is not None]
 
-    def renew(self) -> None:
-        """Switch the gradients of ops that have come since (see `core.adopt`) as those of the others."""
-        for at, op in self.ops.items():
-            for name, p in op.named_parameters():
-                p.requires_grad_(self.live and (*at, name) not in self.frozen)
-
     def thaw(self) -> None:
         """Forget what the user has frozen by hand, if that is all of it."""
         named = {(*at, name): p for at, op in self.ops.items() for name, p in op.named_parameters()}
@@ -120,7 +113,6 @@ class State:
         self.scoped_grad = False  # a `with` block has run a forward that records gradients
         self.tasks: Tensor | None = None  # task of each row, said outside of any block (see `core.tasks`)
         self.block_tasks: Tensor | None = None  # the same, of the block entered last: what compiled code reads
-        self.copied = False  # parts of the model were copied without it, and may stand in it now (see `core.adopt`)
         self._defaults: list[tuple[Plan, Any]] = [(BARE, None)]
         self._entered: list[Plan] = []
         self._init_runtime()
@@ -128,23 +120,9 @@ class State:
     def _init_runtime(self) -> None:
         self._lock = threading.Lock()
         self._held = Held()
-        self.root: weakref.ref[nn.Module] | None = None  # the model, as far as a verb has seen it
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        """Return a state for a copy of the model; a copy of a part of it keeps this one and follows the model's plans."""
-        root = None if self.root is None else self.root()
-        if root is not None and id(root) not in memo and id(root.__dict__) not in memo:
-            self.copied = True
-            return self
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin = None if root is None else memo.get(id(root))
-        new.root = weakref.ref(twin) if isinstance(twin, nn.Module) else None
-        return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in {"_lock", "_held", "root"}}
+        state = {k: v for k, v in self.__dict__.items() if k not in {"_lock", "_held"}}
         state["_defaults"], state["_entered"] = [(self.default, None)], []
         state["latest"], state["block_tasks"] = self.default, None
         return state
@@ -302,12 +280,4 @@ def state_of(model: nn.Module) -> State:
                 )
             raise SiteError(f"the adapters sit on a part of this model: {part}", hint=f"pass that part: model.{part}")
         raise SiteError(f"nothing is attached to this {type(model).__name__}", hint="st.attach(model, st.LoRA()) or st.load(model, dir)")
-    found: State = state
-    if found.root is None or found.root() is not model:
-        found.root = weakref.ref(model)
-    if found.copied:
-        from slimtune.core.adopt import adopt
-
-        adopt(model, found)
-        found.copied = False
-    return found
+    return state

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.changed import check_hosts
-from slimtune.core.elsewhere import at_hand, whole
+from slimtune.core.elsewhere import at_hand, gathered, is_fsdp, whole
 from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
 from slimtune.core.finite import non_finite
 from slimtune.core.fresh import fresh_modules
@@ -71,7 +71,20 @@ def save(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Pa
     Example:
         >>> st.save(model, "out/support", name="support")  # doctest: +SKIP
     """
-    model, folder = unwrap(model), Path(folder)
+    if is_fsdp(model):
+        with gathered(model) as whole_model:
+            return _save(whole_model, Path(folder), name)
+    adapter = state_of(model).adapter(_which(unwrap(model)) if name is None else name)
+    if any(hasattr(p, "_fsdp_flattened") for p in adapter.parameters()):
+        raise FileError(
+            "FullyShardedDataParallel holds a part of each of this adapter's tensors in each process",
+            where=str(folder),
+            hint="pass the wrapper, in every process: st.save(wrapper, folder)",
+        )
+    return _save(unwrap(model), Path(folder), adapter.name)
+
+
+def _save(model: nn.Module, folder: Path, name: str | None) -> Path:
     state = state_of(model)
     adapter = state.adapter(_which(model) if name is None else name)
     check_hosts(model, adapter)
