@@ -116,17 +116,22 @@ def blocks() -> nn.Module:
     return nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_a_block_replaced_by_its_unpickled_copy_is_refused() -> None:
+COPIES = pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+
+
+@COPIES
+def test_a_block_replaced_by_its_copy_is_refused(twin) -> None:
     model, x = adapted(blocks()), torch.randn(2, 4)
-    model[0] = pickle.loads(pickle.dumps(model[0]))
+    model[0] = twin(model[0])
     with pytest.raises(st.SiteError, match="copy of a part"):
         model(x)
 
 
-def test_a_block_added_as_an_unpickled_copy_is_refused() -> None:
+@COPIES
+def test_a_block_added_as_a_copy_is_refused(twin) -> None:
     model, x = adapted(blocks()), torch.randn(2, 4)
     model(x)
-    model.append(pickle.loads(pickle.dumps(model[1])))
+    model.append(twin(model[1]))
     with pytest.raises(st.SiteError, match=r"1\.0"):
         model(x)
 
