@@ -62,12 +62,12 @@ def rest(r: Results) -> list[str]:
     out += [levers(x) for x in r.get("levers", [])]
     if r.get("mixed"):
         lines = ["## A different adapter for each row, 1 token a row, no gradients, another mixture at each step", ""]
-        lines += ["| rows, adapters of a batch | adapters on the model | over the base, slimtune | over the base, peft | times faster |"]
+        lines += ["| rows, adapters of a batch, rank | adapters on the model | over the base, slimtune | over the base, peft | times faster |"]
         lines += ["|---|---|---|---|---|"]
         for x in r["mixed"]:
             for y in x.get("resident") or [{"resident": x["adapters"], **x}]:
                 beside = f"{y['reference_over_base']:.1f} | {y['times_faster']:.1f}" if "reference_over_base" in y else " | "
-                lines.append(f"| {x['rows']}, {x['adapters']} | {y['resident']} | {y['mixed_over_base']:.2f} | {beside} |")
+                lines.append(f"| {x['rows']}, {x['adapters']}, {x.get('r', 16)} | {y['resident']} | {y['mixed_over_base']:.2f} | {beside} |")
         out.append("\n".join([*lines, ""]))
     for x in r.get("many", []):
         theirs = x.get("reference")

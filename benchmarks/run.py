@@ -40,7 +40,8 @@ JOBS: dict[str, list[list[str]]] = {
     "levers": [["benchmarks.levers", "--dtype", "bfloat16"]],
     "mixed": [
         ["benchmarks.mixed_batch", "--rows", "16", "--adapters", "16", "--theirs"],
-        ["benchmarks.mixed_batch", "--rows", "64", "--adapters", "32", "--resident", "32", "100", "1000", "--theirs"],
+        ["benchmarks.mixed_batch", "--rows", "64", "--adapters", "32", "--theirs"],
+        ["benchmarks.mixed_batch", "--rows", "64", "--adapters", "32", "--resident", "32", "100", "1000", "--r", "4"],
     ],
     "many": [["benchmarks.many_adapters", "--adapters", "100", "--theirs", "30"]],
     "decode": [["benchmarks.decode", "--dtype", "bfloat16"], ["benchmarks.decode", "--dtype", "float32"]],
