@@ -44,6 +44,9 @@ def merge_to_disk(model: nn.Module, links: list[NameLink], folder: Path, shard_b
         MergeError: the checkpoint's classes have no place for a merged value, or the folder holds other things.
         FileError: it cannot be written; what was there is untouched.
     """
+    opened = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if opened and folder.exists() and Path(opened).exists() and folder.resolve() == Path(opened).resolve():
+        raise MergeError("this is the folder that the base was opened from", where=str(folder), hint="name a new folder for the merged model")
     sources, quantised, untied = _sources(model, links)
     shards = _shards({name: math.prod(shape) * dtype.itemsize for name, (dtype, shape, _) in sources.items()}, shard_bytes)
     files = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors": s for i, s in enumerate(shards)}

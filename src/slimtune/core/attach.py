@@ -346,6 +346,8 @@ def param_groups(
         up_ratio: learning rate of "up" factors (LoRA's B) over `lr`; 16 is LoRA+ (arXiv 2402.12354).
         weight_decay: of "down", "up", "core" and "dense" tensors; gains and biases get none.
     """
+    if state_of(model).merged:
+        raise MergeError("an adapter is merged into the weights now, so its parameters get no gradient", hint="st.unmerge(model) first")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for adapter in state_of(model).adapters.values():

@@ -57,6 +57,12 @@ def check_free(model: nn.Module, name: str) -> None:
     """
     check_name(name)
     for path, module in base_modules(model).items():
+        if type(module).__module__.startswith("peft."):
+            raise SiteError(
+                "this model carries adapters of peft, whose own matrices would be adapted",
+                where=f"{path or 'the model'} ({type(module).__name__})",
+                hint="save them and st.load(base, folder) onto the plain base, or model.merge_and_unload() first",
+            )
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
             raise SiteError(
                 "the weights of this lazy module do not exist yet, so they can be neither adapted nor frozen",

@@ -7,6 +7,7 @@ inputs: changing one does not compile again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +36,8 @@ def parse(which: Which) -> list[NameLink]:
         for name, w in which.items():
             if not isinstance(name, str) or isinstance(w, bool) or not isinstance(w, (int, float)):
                 raise PlanError(f"a weighted sum maps names to numbers, not {name!r} to {w!r}", hint='{"a": 0.7, "b": 0.3}')
+            if not math.isfinite(w):
+                raise PlanError(f"the weight of {name!r} is {w}", hint='a finite number: {"a": 0.7, "b": 0.3}')
             link.append((name, torch.tensor(float(w), dtype=torch.float64)))
         return [link] if link else []
     if isinstance(which, Sequence):
