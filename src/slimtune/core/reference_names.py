@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 ELSEWHERE: dict[str, str] = {
     "use_dora": "a method of its own: st.DoRA(of=st.LoRA(r=8))",
     "use_qalora": "a method of its own: st.QALoRA(r=8)",
-    "bias": "biases train beside a method in a union: st.Union(of=(st.LoRA(), st.BitFit()))",
+    "bias": "biases train beside a method in a union: st.Union(of=(st.LoRA(targets=...), st.BitFit(targets=...)))",
     "trainable_token_indices": "tokens train beside a method in a union: st.Union(of=(st.LoRA(), st.TrainableTokens(tokens=(1, 2))))",
     "target_parameters": 'expert weights are a target: targets=("all-linear", "experts")',
     "layers_pattern": 'a glob says it: targets="encoder.layers.*.q_proj"',

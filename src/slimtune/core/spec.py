@@ -22,8 +22,8 @@ from torch import nn
 from slimtune.core.errors import SpecError, closest
 from slimtune.core.op import Op
 from slimtune.core.options import Reads, blocks, hints_of, none_as_empty, problem, read, written
-from slimtune.core.reference_names import ELSEWHERE, known_as
 from slimtune.core.site import Site
+from slimtune.core.spec_hints import options_by_name, unknown_options
 
 AUTO = "auto"
 
@@ -39,8 +39,7 @@ class SpecType(ABCMeta):
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if args and all(f.kw_only for f in fields.values()):
-            first = next(iter(inspect.signature(cls).parameters), "targets")
-            raise SpecError(f"options are given by name, not {args[0]!r:.80}", where=f"{cls.__name__}(...)", hint=f"{cls.__name__}({first}=...)")
+            raise options_by_name(cls, args)
         if unknown := [name for name in options if name not in fields]:
             raise unknown_options(cls, unknown, options)
         hints = hints_of(cls)
@@ -53,18 +52,6 @@ class SpecType(ABCMeta):
             return inspect.signature(cls.__bases__[0])
         hints, own = hints_of(cls), list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
         return inspect.Signature([p.replace(annotation=written(hints[p.name], taken=True)) if p.name in hints else p for p in own])
-
-
-def unknown_options(cls: type, unknown: Iterable[str], given: dict[str, Any]) -> SpecError:
-    """Return the error for names that are no options of a spec class: what they are called here, or the closest."""
-    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    hints = []
-    for name in unknown:
-        own, near = known_as(name, fields), closest(name, fields)
-        shown = repr(given[name]) if len(repr(given[name])) < 60 else "..."
-        hints.append(f"{own}={shown} for {name}=" if own else f"{name}: {ELSEWHERE[name]}" if name in ELSEWHERE else f"closest to {name}: {near}")
-    names = ", ".join(map(repr, unknown))
-    return SpecError(f"{cls.__name__} has no option {names}", where=f"{cls.__name__}(...)", hint="; ".join(hints))
 
 
 @dataclass(frozen=True, kw_only=True)

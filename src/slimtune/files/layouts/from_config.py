@@ -15,6 +15,7 @@ from typing import Any, cast
 from slimtune.core.errors import FormatError, SpecError
 from slimtune.core.reference_names import ELSEWHERE
 from slimtune.core.spec import AUTO, Spec
+from slimtune.core.spec_hints import BESIDE, PLACES, typed, union_of
 from slimtune.files.layouts.config import check_config
 from slimtune.files.layouts.modular import ModularLayout
 from slimtune.files.layouts.prefix import PrefixLayout
@@ -36,7 +37,7 @@ STARTS: dict[str, dict[Any, str]] = {
     "init_ia3_weights": {True: ""},
 }  # fmt: skip
 # Fields that a file of the reference may hold without a meaning for its reader, and that mean something in a config for training.
-MEANS_MORE = ("layers_pattern", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "target_parameters")
+MEANS_MORE = ("layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "target_parameters")
 
 
 # Fields that the reference fills in from the model.
@@ -62,7 +63,12 @@ def spec_from_config(config: dict[str, Any]) -> tuple[Spec, list[str]]:
         check_config(config, Path(kind), frozenset(), layout.fields)  # type: ignore[attr-defined]
     except FormatError as error:
         raise SpecError(error.what.replace("adapter_config.json", "the config"), where=where, hint=error.hint) from None
-    if wrong := _refused(config):
+    if beside := {name: config[name] for name in BESIDE if config.get(name) not in (None, [], {}, "none")}:
+        spec = _recipe(layout, {**config, **dict.fromkeys(beside), "bias": "none"})
+        spec = _with(spec, **({"targets": type(spec).targets} if config.get("target_modules") is None else {}), train_modules=_trained(config))
+        places = {name: getattr(spec, name) for name in PLACES}
+        union = union_of(typed(spec), places, beside)
+    if wrong := {**_refused(config), **({", ".join(beside): union} if beside else {})}:
         raise SpecError("this has another form here: " + ", ".join(wrong), where=where, hint="; ".join(f"{k}: {wrong[k]}" for k in wrong))
     notes: list[str] = []
     spec = _recipe(layout, config)
@@ -89,8 +95,6 @@ def _refused(config: dict[str, Any]) -> dict[str, str]:
     asked = {name: ELSEWHERE[name] for name in MEANS_MORE if config.get(name)}
     if config.get("prefix_projection") and config["encoder_hidden_size"] == 1:
         asked["prefix_projection"] = "name encoder_hidden_size, too: st.PrefixTuning(hidden=512)"
-    if config.get("bias", "none") != "none":
-        asked["bias"] = ELSEWHERE["bias"]
     for name, starts in STARTS.items():
         if name in config and not any(type(s) is type(config[name]) and s == config[name] for s in starts):
             asked[f"{name}={config[name]!r}"] = f"one of {', '.join(map(str, starts))}"
