@@ -56,7 +56,10 @@ def __getattr__(name: str) -> Any:
 
         value = next((cls for cls in registered().values() if cls.__name__ == name), None)
         if value is None:
-            raise AttributeError(f"module 'slimtune' has no attribute {name!r}")
+            from slimtune.core.reference_names import instead_of
+
+            hint = instead_of(name, __dir__())
+            raise AttributeError(f"module 'slimtune' has no attribute {name!r}" + (f"; here: {hint}" if hint else ""))
     globals()[name] = value
     return value
 

@@ -24,12 +24,14 @@ from slimtune.algebra.change import Change, added, change_of, check_affine, ops_
 from slimtune.algebra.own import Weighted, closed, combine_closed
 from slimtune.algebra.prune import HOWS, MAJORITIES, Pruning
 from slimtune.algebra.shorten import as_it_is, check_rule, rank_unit, shorten
+from slimtune.core.calls import combining, shows
 from slimtune.core.errors import CapabilityError, SpecError, closest
 from slimtune.core.state import Adapter, state_of, unwrap
 
 ALL = ("linear", "cat", "svd", *HOWS, *(f"{how}_svd" for how in HOWS))
 
 
+@shows(combining)
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],

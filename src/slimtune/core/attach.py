@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.core.calls import shows
 from slimtune.core.errors import MergeError, PlanError, SiteError, SpecError, TargetError
 from slimtune.core.host import KeepPlan
 from slimtune.core.op import Op
@@ -22,6 +23,7 @@ from slimtune.core.state import Adapter, State, state_of, unwrap
 from slimtune.core.task_head import settled
 
 
+@shows("st.attach(model, st.LoRA(r=16))")
 def attach(
     model: nn.Module,
     spec: Spec | type[Spec] | str,
@@ -159,6 +161,7 @@ def _check_data(spec: Spec, data: Iterable[Any] | None) -> None:
         )
 
 
+@shows('st.detach(model, "a"): the name of an adapter, of st.adapters(model)')
 def detach(model: nn.Module, name: str) -> None:
     """Remove an adapter; with the last one gone the model has its very first classes again.
 
@@ -336,6 +339,7 @@ def report(model: nn.Module, name: str | None = None) -> Report:
     return make_report(model, state.adapter(name))
 
 
+@shows("st.param_groups(model, lr=1e-4)")
 def param_groups(
     model: nn.Module, *, lr: float, up_ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Only ever used to word a hint, and by `files.layouts.from_config`, which turns a
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 
 # Option elsewhere -> options here; a method takes the first of them that it has.
@@ -51,6 +52,40 @@ ELSEWHERE: dict[str, str] = {
     "save_projection": "leave it out: a seed makes the matrices, here and there",
     "layer_replication": "not here: repeat the blocks of the model itself",
 }
+
+# Argument of a call elsewhere -> arguments here; a verb takes the first of them that it has.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",), "loraplus_lr_ratio": ("up_ratio",), "method": ("how",), "combination_type": ("how",), "adapter_name": ("name",),
+    "adapter": ("name",), "adapters": ("weights",), "path": ("folder",), "save_directory": ("folder",), "is_trainable": ("trainable",),
+    "peft_config": ("spec",), "config": ("spec",), "strict": ("relax",), "svd_rank": ("r",), "torch_dtype": ("dtype",),
+}  # fmt: skip
+# Name elsewhere -> what to type here, of functions and classes that are no methods.
+VERBS: dict[str, str] = {
+    "get_peft_model": "st.attach(model, st.LoRA(r=16))", "inject_adapter_in_model": "st.attach(model, st.LoRA(r=16))",
+    "add_adapter": 'st.attach(model, st.LoRA(r=16), name="b")', "PeftModel": "st.load(model, folder)", "PeftConfig": "st.Spec",
+    "AutoPeftModel": "st.load(model, folder)", "from_pretrained": "st.load(model, folder)", "save_pretrained": "st.save(model, folder)",
+    "set_adapter": 'st.use(model, "a")', "set_active_adapters": 'st.use(model, "a")', "disable_adapter": "with st.disabled(model):",
+    "delete_adapter": 'st.detach(model, "a")', "unload": 'st.detach(model, "a")', "remove": 'st.detach(model, "a")',
+    "merge_and_unload": "st.merge(model, keep=False)", "merge_adapter": 'st.merge(model, "a")', "unmerge_adapter": "st.unmerge(model)",
+    "add_weighted_adapter": 'st.combine(model, {"a": 0.7, "b": 0.3}, name="c")',
+    "print_trainable_parameters": "print(st.report(model))", "hotswap_adapter": 'st.detach(model, "a"), then st.load(model, folder, name="a")',
+    "create_loraplus_optimizer": "torch.optim.AdamW(st.param_groups(model, lr=1e-4, up_ratio=16))",
+    "prepare_model_for_kbit_training": "nothing: gradients are made to flow where something trains",
+    "quantize": "st.quantise(model)", "TaskType": "nothing: the model's class says it",
+}  # fmt: skip
+
+
+def instead_of(name: str, names: Collection[str]) -> str:
+    """Return what to type for a name that this library does not have: ours for one from elsewhere, or the closest of `names`; or ""."""
+    if name in VERBS:
+        return VERBS[name]
+    by_case = {own.lower().replace("_", ""): own for own in names}
+    bare = name.lower().replace("_", "")
+    for ending in ("", "config", "model", "forcausallm"):
+        if bare.endswith(ending) and (own := by_case.get(bare.removesuffix(ending))):
+            return f"st.{own}"
+    near = difflib.get_close_matches(bare.removesuffix("config"), by_case, n=1, cutoff=0.75)
+    return f"st.{by_case[near[0]]}" if near else ""
 
 
 def known_as(name: str, options: Collection[str]) -> str:

@@ -43,7 +43,8 @@ def unknown_options(cls: Any, unknown: Iterable[str], given: dict[str, Any]) -> 
 def options_by_name(cls: Any, args: tuple[Any, ...]) -> SpecError:
     """Return the error for options without names: with the names that such values may have been meant for."""
     hints = hints_of(cls)
-    base = [name for name in hints if all(name in hints_of(b) for b in cls.__mro__[1:] if dataclasses.is_dataclass(b))]
+    bases: list[Any] = [b for b in cls.__mro__[1:] if dataclasses.is_dataclass(b)]
+    base = [name for name in hints if all(name in hints_of(b) for b in bases)]
     own = [name for name in hints if name not in base]
     if "of" in hints and not is_spec(hints["of"]) and all(_is_spec(value) for value in args):
         return _by_name(cls, args, f"of=[{', '.join(map(_spec, args))}]")
