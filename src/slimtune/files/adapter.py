@@ -388,5 +388,15 @@ def _same_base(model: nn.Module, about: dict[str, Any], places: list[Place], fol
     raise MismatchError(
         f"the adapter was made for another base model: {'; '.join(differences[:6])}",
         where=str(folder),
-        hint="load that base, or, if you know what you do: st.load(..., relax='base')",
+        hint=_other_rows_hint(saved.other_rows(now)) + "load that base, or, if you know what you do: st.load(..., relax='base')",
+    )
+
+
+def _other_rows_hint(tables: Iterable[str]) -> str:
+    names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tables})
+    if not names:
+        return ""
+    return (
+        f"rows of {', '.join(names)} that were added or drawn anew are in no checkpoint: keep the base with them (model.save_pretrained), or have "
+        f"the adapter's file hold them (train_modules={names!r}, or TrainableTokens for single tokens); "
     )

@@ -4,6 +4,7 @@ Two parts: the structure (shapes of all weights, block numbers taken out) and sa
 Equal dtypes must agree to the bit. Between dtypes the finer samples are rounded to the coarser type first, where all but a few must
 agree; a base that was trained further does not pass that, since its values moved by more than rounding. Tensors that are
 quantised on one side are compared by the size of their difference only. Statistics that a base keeps in buffers (BatchNorm's) are sampled, too.
+Of tables of tokens every row counts (table_rows.py), since rows are added and drawn one by one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from slimtune.core.elsewhere import at_hand, identity, offloaded, ties, whole
 from slimtune.core.errors import FormatError
 from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.still import statistics, tracks
+from slimtune.files.table_rows import TableRows, tables, told
 
 TENSORS, VALUES, QUANTISED = 96, 4, 4
 _CODES = {torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}
@@ -41,6 +43,7 @@ class Fingerprint:
         values: [len(types), VALUES] float32; zeros where not looked at.
         names: of the sampled tensors; not kept in files, since the structure decides them.
         buffers: name -> VALUES samples of up to TENSORS statistics that the base keeps in buffers; files of 0.1.0 have none.
+        rows: name of a table of tokens -> sums over all of its rows; files of 0.1.0 have none.
     """
 
     structure: dict[str, dict[str, int]]
@@ -48,12 +51,14 @@ class Fingerprint:
     values: Tensor
     names: tuple[str, ...] = ()
     buffers: dict[str, list[float]] = field(default_factory=dict)
+    rows: dict[str, TableRows] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         raw = bytes(self.values.flatten().view(torch.uint8).tolist())
         out = {"structure": self.structure, "types": self.types, "values": base64.b64encode(raw).decode()}
-        return out | ({"buffers": self.buffers} if self.buffers else {})
+        rows = {name: table.to_list() for name, table in self.rows.items()}
+        return out | ({"buffers": self.buffers} if self.buffers else {}) | ({"rows": rows} if rows else {})
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Fingerprint:
@@ -66,8 +71,9 @@ class Fingerprint:
             raw = bytearray(base64.b64decode(data["values"], validate=True))
             values = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.zeros(0)
             buffers = {str(name): [float(v) for v in sample] for name, sample in data.get("buffers", {}).items()}
-            return Fingerprint(data["structure"], data["types"], values.reshape(len(data["types"]), VALUES), buffers=buffers)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            rows = {str(name): TableRows.from_list(table) for name, table in data.get("rows", {}).items()}
+            return Fingerprint(data["structure"], data["types"], values.reshape(len(data["types"]), VALUES), buffers=buffers, rows=rows)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FormatError(f"the fingerprint of the base cannot be read: {error}") from None
 
     def compare(self, now: Fingerprint) -> list[str]:
@@ -77,14 +83,20 @@ class Fingerprint:
             old, new = self.structure.get(name, {}), now.structure.get(name, {})
             if old != new:
                 out.append(f"{name}: {_counts(old)} when it was saved, {_counts(new)} here")
-        return out or [*self._compare_values(now), *self._compare_buffers(now)]
+        return out or [*self._compare_values(now), *self._compare_buffers(now), *(told(*table) for table in self.other_rows(now).items())]
+
+    def other_rows(self, now: Fingerprint) -> dict[str, list[tuple[int, int]]]:
+        """Return the tables of tokens, seen on both sides, whose rows differ by more than rounding -> where, as (first, one past the last)."""
+        both = [(name, table.differs(now.rows[name])) for name, table in self.rows.items() if name in now.rows]
+        return {name: ranges for name, ranges in both if ranges}
 
     def moved(self, now: Fingerprint) -> list[str]:
         """Return the names of sampled weights that differ by more than rounding, [] where the structure does."""
         if self.structure != now.structure or len(self.types) != len(now.types):
             return []
         samples = zip(now.names, self.types, now.types, self.values, now.values, strict=True)
-        return [name for name, a, b, x, y in samples if not {a, b} & {_UNSEEN, _QUANTISED} and _unequal(x, y, a, b)]
+        off = [name for name, a, b, x, y in samples if not {a, b} & {_UNSEEN, _QUANTISED} and _unequal(x, y, a, b)]
+        return [*off, *(name for name in self.other_rows(now) if name not in off)]
 
     def _compare_buffers(self, now: Fingerprint) -> list[str]:
         off = [
@@ -169,11 +181,14 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> Fingerprint
         counts = structure.setdefault(star, {})
         counts[shape] = counts.get(shape, 0) + 1
     chosen = _choose(groups)
-    key = (without, tuple((n, identity(*found[n]), *_stamp(found[n][2])) for n in chosen), str(structure))
+    of_tokens = tables(model, found)
+    looked = [*chosen, *(n for n in of_tokens if n not in chosen)]
+    key = (without, tuple((n, identity(*found[n]), *_stamp(found[n][2])) for n in looked), str(structure))
     cached = _CACHE.get(model)
     if cached is None or cached[0] != key:
-        types, values = _sample([found[n] for n in chosen])
-        cached = (key, Fingerprint(structure, types, values, tuple(chosen)))
+        types, values, sums = _sample([found[n] for n in looked], len(chosen), {looked.index(n) for n in of_tokens})
+        rows = {looked[i]: table for i, table in sums.items()}
+        cached = (key, Fingerprint(structure, types, values, tuple(chosen), rows=rows))
         _CACHE[model] = cached
     buffers = _buffers(model, skip)
     return replace(cached[1], buffers=buffers) if buffers else cached[1]
@@ -212,12 +227,14 @@ def _choose(groups: dict[str, list[str]]) -> list[str]:
     return [chosen[int(i * step)] for i in range(int(len(chosen) / step))]
 
 
-def _sample(chosen: list[tuple[nn.Module, str, nn.Parameter]]) -> tuple[str, Tensor]:
+def _sample(looked: list[tuple[nn.Module, str, nn.Parameter]], first: int, of_tokens: set[int]) -> tuple[str, Tensor, dict[int, TableRows]]:
+    """Return types and samples of the first ones, and the sums over all rows of those with these indices."""
     types, parts = "", []
-    quantised = sorted((p.numel(), i) for i, (m, n, p) in enumerate(chosen) if n == "weight" and kind_at(m).quantised)
+    rows: dict[int, TableRows] = {}
+    quantised = sorted((p.numel(), i) for i, (m, n, p) in enumerate(looked[:first]) if n == "weight" and kind_at(m).quantised)
     small = {i for _, i in quantised[:QUANTISED]}
     with torch.no_grad():
-        for i, (module, name, p) in enumerate(chosen):
+        for i, (module, name, p) in enumerate(looked):
             t: Tensor | None = None
             code = _UNSEEN
             if (p.device.type == "meta" and not offloaded(module)) or p.numel() == 0:
@@ -228,6 +245,10 @@ def _sample(chosen: list[tuple[nn.Module, str, nn.Parameter]]) -> tuple[str, Ten
             elif p.dtype in _CODES and not (name == "weight" and kind_at(module).quantised):
                 with at_hand(module, inside=False):
                     t, code = whole(module._parameters[name]), _CODES[p.dtype]  # type: ignore[arg-type]
+            if t is not None and code in _DTYPES and i in of_tokens:
+                rows[i] = TableRows.of(t)
+            if i >= first:
+                continue
             if t is None:
                 parts.append(torch.zeros(VALUES))
             else:
@@ -235,4 +256,4 @@ def _sample(chosen: list[tuple[nn.Module, str, nn.Parameter]]) -> tuple[str, Ten
                 parts.append(torch.take(t, at).float())
             types += code
         values = torch.stack([v.cpu() for v in parts]) if parts else torch.zeros(0, VALUES)
-    return types, values
+    return types, values, dict(sorted(rows.items()))
