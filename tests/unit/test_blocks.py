@@ -20,6 +20,10 @@ from slimtune.core.tap import Tap
 from slimtune.testing import zoo
 from slimtune.testing.subject import fill
 
+# The layers of DINOv2 have ViT's names in later versions of transformers.
+NEW_NAMES = any(path.endswith("attention.q_proj") for path, _ in zoo.dinov2().named_modules())
+DINO = {"attention.o_proj" if NEW_NAMES else "attention.output.dense": "attention.q_proj" if NEW_NAMES else "attention.attention.query"}
+DINO |= {"mlp.fc2": "mlp.fc1"}
 ENDS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "Llama": (zoo.llama, {"self_attn.o_proj": "self_attn.q_proj", "mlp.down_proj": "mlp.gate_proj"}),
     "Mixtral": (zoo.mixtral, {"self_attn.o_proj": "self_attn.q_proj", "mlp": "mlp"}),
@@ -30,7 +34,7 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "DeBERTa": (zoo.deberta, {"attention.output.dense": "attention.self.query_proj", "output.dense": "intermediate.dense"}),
     "ModernBERT": (zoo.modernbert, {"attn.Wo": "attn.Wqkv", "mlp.Wo": "mlp.Wi"}),
     "ViT": (zoo.vit, {"attention.o_proj": "attention.q_proj", "mlp.fc2": "mlp.fc1"}),
-    "DINOv2": (zoo.dinov2, {"attention.o_proj": "attention.q_proj", "mlp.fc2": "mlp.fc1"}),
+    "DINOv2": (zoo.dinov2, DINO),
     "wav2vec2": (zoo.wav2vec2, {"attention.out_proj": "attention.q_proj", "feed_forward.output_dense": "feed_forward.intermediate_dense"}),
     "DiT": (zoo.dit, {"attn1.to_out.0": "attn1.to_q", "ff.net.2": "ff.net.0.proj"}),
 }

@@ -22,6 +22,8 @@ LLAMA = {
 }  # fmt: skip
 VIT = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"classifier"}}
 DIFFUSION = {"q": {"to_q"}, "k": {"to_k"}, "v": {"to_v"}, "o": {"to_out.0"}, "up": {"ff.net.0.proj"}, "down": {"ff.net.2"}}
+# The layers of DINOv2 have ViT's names in later versions of transformers.
+NEW_NAMES = any(path.endswith("attention.q_proj") for path, _ in zoo.dinov2().named_modules())
 MEANT = {  # the ends of the paths each role must match; a role that is not named must match nothing
     "llama": LLAMA,
     "qwen3": LLAMA,
@@ -45,7 +47,7 @@ MEANT = {  # the ends of the paths each role must match; a role that is not name
     },
     "bart": BART,
     "vit": VIT,
-    "dinov2": VIT,
+    "dinov2": VIT if NEW_NAMES else VIT | {"q": {"query"}, "k": {"key"}, "v": {"value"}, "o": {"attention.output.dense"}},
     "whisper": BART | {"head": {"proj_out"}},
     "clip": {role: ends for role, ends in BART.items() if role != "head"},
     "wav2vec2": BART | {"up": {"intermediate_dense"}, "down": {"output_dense"}},

@@ -154,7 +154,7 @@ class ExpertsKind(Kind):
         h = self._product(routed, up_name, of_param(chain, up_name), x[token], at)
         h = host._apply_gate(h) if host.has_gate else host.act_fn(h)
         h = self._product(routed, down_name, of_param(chain, down_name), h, at)
-        if host.has_post_expert_norm:
+        if getattr(host, "has_post_expert_norm", False):  # later versions of transformers only
             h = host.post_expert_norm(h)
         h = h * weights.reshape(-1)[order][:, None]
         after = narrow(chain, lambda op: op.port == "output")
