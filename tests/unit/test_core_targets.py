@@ -23,7 +23,7 @@ LLAMA = {
 VIT = {"q": {"q_proj"}, "k": {"k_proj"}, "v": {"v_proj"}, "o": {"o_proj"}, "up": {"fc1"}, "down": {"fc2"}, "head": {"classifier"}}
 DIFFUSION = {"q": {"to_q"}, "k": {"to_k"}, "v": {"to_v"}, "o": {"to_out.0"}, "up": {"ff.net.0.proj"}, "down": {"ff.net.2"}}
 # The layers of DINOv2 have ViT's names in later versions of transformers.
-NEW_NAMES = any(path.endswith("attention.q_proj") for path, _ in zoo.dinov2().named_modules())
+NEW_NAMES = any(path.endswith("attention.q_proj") for path, _ in tiny.dinov2().named_modules())
 MEANT = {  # the ends of the paths each role must match; a role that is not named must match nothing
     "llama": LLAMA,
     "qwen3": LLAMA,
