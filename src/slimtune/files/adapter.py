@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimtune.core.changed import check_hosts
 from slimtune.core.elsewhere import at_hand, gathered, is_fsdp, whole
-from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError
+from slimtune.core.errors import FileError, FormatError, MismatchError, NoSuchAdapter, SlimtuneError, SpecError, closest
 from slimtune.core.finite import non_finite
 from slimtune.core.fresh import fresh_modules
 from slimtune.core.placing import check_free, install, kind_at, put_to_use
@@ -49,6 +49,7 @@ from slimtune.version import __version__
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1
 RELAX = ("base", "checksum", "config", "missing", "nonfinite", "unexpected")
+RELAX_BASE = ", or, if you know what you do: st.load(..., relax='base')"
 # Fields of the config that say nothing about the adapter's function; people and hubs rewrite them.
 _ABOUT = {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 
@@ -209,9 +210,7 @@ def load(
         >>> st.load(model, "out/support")  # doctest: +SKIP
     """
     model = unwrap(model)
-    allowed = frozenset([relax] if isinstance(relax, str) else relax)
-    if not allowed <= set(RELAX):
-        raise SpecError(f"relax= takes {', '.join(RELAX)}, not {sorted(allowed - set(RELAX))}")
+    allowed = _relaxed(relax)
     if name is not None:
         check_free(model, name)
     folder = located(folder, revision)
@@ -258,6 +257,16 @@ def load(
     return make_report(model, adapter, notes)
 
 
+def _relaxed(relax: str | Iterable[str]) -> frozenset[str]:
+    if isinstance(relax, bool) or not isinstance(relax, Iterable):
+        raise SpecError(f"relax= takes the names of what to let pass, not {relax!r}", hint=f"relax='base'; all there are: {', '.join(RELAX)}")
+    allowed = frozenset([relax] if isinstance(relax, str) else relax)
+    if not allowed <= set(RELAX):
+        wrong = sorted(map(str, allowed - set(RELAX)))
+        raise SpecError(f"relax= takes {', '.join(RELAX)}, not {wrong}", hint=f"relax={closest(wrong[0], RELAX, n=1)!r}")
+    return allowed
+
+
 def read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     """Read and check the two files on their own: tensors, our metadata (None in a foreign file), config (None if missing), notes.
 
@@ -282,6 +291,9 @@ class _Torn(Exception):
 
 def _read(folder: Path, allowed: frozenset[str]) -> tuple[TensorFile, dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     notes: list[str] = []
+    if folder.is_file():
+        hint = f"give its folder: st.load(model, {str(folder.parent)!r})"
+        raise FileError(f"{folder.name} is a file; an adapter is a folder with {' and '.join(FILES)}", where=str(folder.absolute()), hint=hint)
     if not folder.is_dir():
         fetch = f"hf download user/adapter {' '.join(FILES)} --local-dir {folder.name}"
         hint = f'a local folder, or st.load(model, "user/adapter") from the hub; by hand: {fetch}'
@@ -388,14 +400,23 @@ def _same_base(model: nn.Module, about: dict[str, Any], places: list[Place], fol
     raise MismatchError(
         f"the adapter was made for another base model: {'; '.join(differences[:6])}",
         where=str(folder),
-        hint=_other_rows_hint(saved.other_rows(now)) + "load that base, or, if you know what you do: st.load(..., relax='base')",
+        hint=_other_rows_hint(saved, now) + "load that base"
+        + (": the weights that it acts on have other shapes here" if _reshaped(saved, now, places) else RELAX_BASE),
     )
 
 
-def _other_rows_hint(tables: Iterable[str]) -> str:
-    names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tables})
-    if not names:
+def _reshaped(saved: Fingerprint, now: Fingerprint, places: list[Place]) -> bool:
+    """Tell whether weights that the adapter acts on have other shapes here, so that no `relax` would help."""
+    acted = {".".join("*" if part.isdigit() else part for part in (*place.path.split("."), place.param)) for place in places}
+    return any(name in acted and name in now.structure and set(shapes) != set(now.structure[name]) for name, shapes in saved.structure.items())
+
+
+def _other_rows_hint(saved: Fingerprint, now: Fingerprint) -> str:
+    """Return what to do about tables of tokens where nothing but rows of theirs differs."""
+    moved, tables = set(saved.moved(now)), set(saved.other_rows(now))
+    if not moved or not moved <= tables:
         return ""
+    names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in tables})
     return (
         f"rows of {', '.join(names)} that were added or drawn anew are in no checkpoint: keep the base with them (model.save_pretrained), or have "
         f"the adapter's file hold them (train_modules={names!r}, or TrainableTokens for single tokens); "

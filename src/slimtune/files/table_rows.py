@@ -53,7 +53,8 @@ class TableRows:
     def from_list(data: list[Any]) -> TableRows:
         """Read what `to_list` wrote; KeyError, TypeError, ValueError or RuntimeError where it cannot be."""
         rows, dtype, text = data
-        if type(rows) is not int or rows < 1 or not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        kind = getattr(torch, str(dtype), None)
+        if type(rows) is not int or rows < 1 or not isinstance(kind, torch.dtype) or not kind.is_floating_point:
             raise ValueError(f"a table of {rows} rows of {dtype}")
         sums = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)
         return TableRows(rows, str(dtype), sums.reshape(min(rows, BUCKETS), 2))
