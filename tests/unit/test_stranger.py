@@ -1,5 +1,6 @@
 """What somebody types who knows other tools, and nothing of this one but the README: each answer shows the call that works."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,5 +101,77 @@ def test_a_name_that_is_not_here_names_ours(name: str, ours: str) -> None:
         getattr(st, name)
     assert f"; here: {ours}" in str(caught.value)
     assert not hasattr(st, name)
-    with pytest.raises(AttributeError, match="zzzz'$"):
+    with pytest.raises(AttributeError, match=r"zzzz'$"):
         _ = st.zzzz  # type: ignore[attr-defined]
+
+
+def test_files_from_habit_show_the_call(tmp_path: Path) -> None:
+    st.save(small(), tmp_path / "a", name="a")
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(st.FileError, match="is a file") as caught:
+        st.load(base, tmp_path / "a" / "adapter_model.safetensors")
+    assert caught.value.hint == f"give its folder: st.load(model, {str(tmp_path / 'a')!r})"
+    for relax, hint in ((True, "relax='base'"), ("bse", "relax='base'")):
+        with pytest.raises(st.SpecError) as wrong:
+            st.load(base, tmp_path / "a", relax=relax)  # type: ignore[arg-type]
+        assert hint in wrong.value.hint
+    wide = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(st.MismatchError, match="another base") as shapes:
+        st.load(wide, tmp_path / "a")
+    assert "relax" not in shapes.value.hint
+    other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(st.MismatchError, match="another base") as values:
+        st.load(other, tmp_path / "a")
+    assert "relax='base'" in values.value.hint
+
+
+@pytest.mark.parametrize(("name", "hint"), [(None, "leave name= out"), ("ü", "name='u'"), ("日本", "name='default'"), ("a.b", "name='a-b'")])
+def test_names_that_cannot_be(name: Any, hint: str) -> None:
+    with pytest.raises(st.InvalidName) as caught:
+        st.attach(nn.Sequential(nn.Linear(8, 8)), st.LoRA(), name=name)
+    assert hint in caught.value.hint
+
+
+def test_a_checkpoint_of_another_rank_names_the_shapes(tmp_path: Path) -> None:
+    from slimtune.integrations.trainer import restore
+    from slimtune.train.checkpoint import write_tensors
+
+    def model(r: int) -> Any:
+        made = nn.Sequential(nn.Linear(8, 8))
+        st.attach(made, st.LoRA(r=r))
+        return made
+
+    write_tensors(model(2), "default", tmp_path)
+    with pytest.raises(st.FileError, match=r"\[2, 8\] there, \[4, 8\] here \(and 1 more\)") as caught:
+        restore(model(4), tmp_path)
+    assert "recipe" not in str(caught.value)
+
+
+def test_reports_say_which_tokens_and_what_rank_is_too_high() -> None:
+    report = st.attach(nn.Sequential(nn.Embedding(10, 4)), st.TrainableTokens(tokens=(7, 3)))
+    assert "the rows of 2 token(s) train: 3, 7" in report.notes
+    wide = st.attach(nn.Sequential(nn.Linear(8, 8)), st.LoRA(r=1000))
+    assert "the rank is above what 1 modules can have, so a part of it is idle: 0" in wide.notes
+
+
+def test_empty_messages_and_short_rows_say_so(tmp_path: Path) -> None:
+    from slimtune.train.messages import chat_row
+    from slimtune.train.row_files import rows_of_file
+
+    with pytest.raises(ValueError, match="every message of the assistant is empty"):
+        chat_row({}, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}])
+    with pytest.raises(ValueError, match="no message of the assistant"):
+        chat_row({}, [{"role": "user", "content": "Hi"}])
+    (tmp_path / "a.csv").write_text("text,label\na,x\nb\n")
+    with pytest.raises(st.DataError, match="row 2 has 1 fields") as caught:
+        list(rows_of_file(tmp_path / "a.csv"))
+    assert "nothing stands for label" in caught.value.hint
+
+
+def test_an_unfinished_run_names_the_command(tmp_path: Path) -> None:
+    from slimtune.train.runs import open_run
+
+    (tmp_path / "recipe.yaml").write_text("data: x\n")
+    with pytest.raises(st.FileError, match="no result yet") as caught:
+        open_run(tmp_path)
+    assert caught.value.hint == f"finish it: slimtune train {tmp_path / 'recipe.yaml'} --resume"

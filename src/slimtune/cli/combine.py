@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimtune.core.errors import SpecError
+from slimtune.core.errors import MismatchError, SpecError
 
 
 def run(
@@ -34,10 +34,25 @@ def run(
         folders[name], weights[name] = adapter_folder(folder), w
     base = open_base(parse(adapters[0])[0], model)
     for name, path in folders.items():
-        st.load(base, path, name=name)
+        try:
+            st.load(base, path, name=name)
+        except MismatchError as error:
+            heads = [_head(first), _head(path)] if (first := next(iter(folders.values()))) != path else []
+            if not all(heads) or heads[0] == heads[1]:
+                raise
+            what = f"these adapters are of models with another kind of head: {heads[0]} and {heads[1]}"
+            hint = "combine adapters of one kind of model; train one of them again on the other's"
+            raise MismatchError(what, where=f"{first}, {path}", hint=hint) from error
     new = name_of(out) if name_of(out) not in weights else f"{name_of(out)}_new"
     print(st.combine(base, weights, name=new, how=how, density=density, r=r, energy=energy, dense=dense))
     print(f"saved to {st.save(base, out, name=new)}")
+
+
+def _head(folder: Path) -> str:
+    """Return the task that an adapter's config names, or ""."""
+    from slimtune.files.adapter import read
+
+    return str((read(folder, frozenset())[2] or {}).get("task_type") or "")
 
 
 def parse(text: str) -> tuple[str, float]:

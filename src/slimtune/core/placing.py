@@ -7,6 +7,7 @@ and the switches of fast paths that would bypass ops. Costs what the new adapter
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from torch import nn
@@ -41,11 +42,12 @@ def check_name(name: str) -> None:
         InvalidName: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
-        like = re.sub(r"[^A-Za-z0-9_-]+", "-", str(name)).strip("-")[:100] or "default"
+        plain = "".join(sign for sign in unicodedata.normalize("NFKD", str(name)) if not unicodedata.combining(sign))
+        like = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-")[:100] or "default"
         raise InvalidName(
             f"{name!r:.200} cannot name an adapter",
             where="it becomes part of the names of modules and files: letters, digits, _ and -, at most 100 of them",
-            hint=f"name={like!r}",
+            hint=f"name={like!r}" if name is not None else "leave name= out for 'default', or give a text: name='default'",
         )
 
 

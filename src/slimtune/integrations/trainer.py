@@ -265,7 +265,7 @@ def restore(model: nn.Module, folder: Path) -> None:
             + (f"; st.load(model, {str(folder / held[0])!r}, trainable=True) starts from one, without resume_from_checkpoint" if held else ""),
         )
     for name, place in wanted.items():
-        read_tensors(root, name, place)
+        read_tensors(root, name, place, hint="attach the spec of that run (the same r, targets, ...), or start without resume_from_checkpoint")
 
 
 @contextlib.contextmanager

@@ -300,8 +300,13 @@ class LoRA(Spec):
 
     def remarks(self, adapter: Adapter) -> list[str]:
         """Return what a report should say about the ranks."""
-        ranks = [op.r for op in adapter.ops.values() if isinstance(op, LoRAOp)]
-        return [f"EVA's ranks: {min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all"] if self.init == "eva" and ranks else []
+        ops = {path: op for (path, _), op in adapter.ops.items() if isinstance(op, LoRAOp)}
+        ranks = [op.r for op in ops.values()]
+        wide = [path for path, op in ops.items() if len(op.shape) == 2 and op.r > min(op.shape)]
+        more = [f"the rank is above what {len(wide)} modules can have, so a part of it is idle: {', '.join(wide[:3])}"] if wide else []
+        if self.init == "eva" and ranks:
+            more.append(f"EVA's ranks: {min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all")
+        return more
 
     def build(self, site: Site) -> LoRAOp:
         found = None if site.blank else site.shared.get("study", {}).get((site.path, site.param))

@@ -27,6 +27,7 @@ from slimtune.core.placing import base_modules, kind_at
 from slimtune.core.registry import register
 from slimtune.core.site import Site
 from slimtune.core.spec import Spec
+from slimtune.core.state import Adapter
 
 TABLES = {"embedding", "linear"}
 SPECIAL = ("bos", "eos", "unk", "sep", "cls", "mask", "decoder_start")  # not pad: nobody looks at it
@@ -195,6 +196,12 @@ class TrainableTokens(Spec):
 
     def build(self, site: Site) -> TokenRowsOp:
         return TokenRowsOp(site, site.tokens if isinstance(site, TokenSite) else tuple(sorted(self.tokens or (0,))))
+
+    def remarks(self, adapter: Adapter) -> list[str]:
+        """Return what a report should say about the tokens."""
+        tokens: list[int] = next((op.settings()["tokens"] for op in adapter.ops.values() if isinstance(op, TokenRowsOp)), [])
+        shown = ", ".join(map(str, tokens[:12])) + (", ..." if len(tokens) > 12 else "")
+        return [f"the rows of {len(tokens)} token(s) train: {shown}"] if tokens else []
 
     def before_load(self, model: nn.Module, settings: dict[str, dict[str, Any]]) -> None:
         """Raise if the file's tokens lie beyond the vocabulary of this base.

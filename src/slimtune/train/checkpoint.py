@@ -58,8 +58,11 @@ def write_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
     safetensors.torch.save_file(tensors, folder / STATE, {ABOUT: json.dumps(about, sort_keys=True)})
 
 
-def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
+def read_tensors(model: nn.Module, name: str | None, folder: Path, hint: str = "resume with the run's own recipe") -> None:
     """Put a checkpoint's tensors back.
+
+    Args:
+        hint: what to do where it belongs to another model or method.
 
     Raises:
         FormatError: the file is damaged.
@@ -70,9 +73,10 @@ def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
         with safetensors.safe_open(folder / STATE, framework="pt") as f:
             about = json.loads((f.metadata() or {}).get(ABOUT, "{}"))
     except (OSError, safetensors.SafetensorError, ValueError) as e:
-        hint = "delete it and resume from the one before"
-        raise FormatError(f"this checkpoint is damaged: {e}", where=str(folder), hint=hint) from e
-    other = FileError("this checkpoint belongs to another model or method", where=str(folder), hint="resume with the run's own recipe")
+        before = "delete it and resume from the one before"
+        raise FormatError(f"this checkpoint is damaged: {e}", where=str(folder), hint=before) from e
+    unlike = _unlike(saved, trained_tensors(model, name))
+    other = FileError(f"this checkpoint belongs to another model or method{unlike}", where=str(folder), hint=hint)
     if name is not None:
         adapter = state_of(model).adapters[name]
         facts = about.get("facts", {})
@@ -93,6 +97,14 @@ def read_tensors(model: nn.Module, name: str | None, folder: Path) -> None:
     with torch.no_grad():
         for key, value in live.items():
             value.copy_(saved[key])
+
+
+def _unlike(saved: dict[str, Tensor], live: dict[str, Tensor]) -> str:
+    """Return the first of the tensors that have other shapes here, or are on one side only, in words; "" if all are alike."""
+    both = [k for k in live if k in saved and saved[k].shape != live[k].shape]
+    odd = [f"{k} is {list(saved[k].shape)} there, {list(live[k].shape)} here" for k in both]
+    odd += [f"it has no {k}" for k in live if k not in saved] + [f"here is no {k}" for k in saved if k not in live]
+    return f": {odd[0].replace('||', '.').replace('|', '.')}" + (f" (and {len(odd) - 1} more)" if len(odd) > 1 else "") if odd else ""
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ def chat_row(row: dict[str, Any], messages: Any) -> dict[str, Any]:
         raise ValueError("'system' and the system message of the conversation differ")
     said = [m for m in turns if m["role"] == "assistant"]
     if not any((m["content"] or "").strip() or m.get("tool_calls") for m in said):
-        raise ValueError("no message of the assistant, so there is nothing to learn")
+        empty = "every message of the assistant is empty" if said else "no message of the assistant"
+        raise ValueError(f"{empty}, so there is nothing to learn")
     if not any(m.get("train", True) for m in said):
         raise ValueError("every message of the assistant is marked as not to be learnt")
     return {"messages": json.dumps(turns, ensure_ascii=False), "tools": _tools(row.get("tools"))}

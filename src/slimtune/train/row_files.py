@@ -130,7 +130,9 @@ def _csv_rows(file: io.TextIOWrapper, path: Path, separators: str) -> Iterator[t
             raise DataError(
                 f"row {number} has {len(fields)} fields, the header has {len(header)} (line {line} of the file)",
                 where=str(path),
-                hint=f"put quotes around a text that holds the separator {separator!r}",
+                hint=f"put quotes around a text that holds the separator {separator!r}"
+                if len(fields) > len(header)
+                else f"nothing stands for {', '.join(header[len(fields) :])}: an empty field has its separator {separator!r}, too",
             )
         else:
             yield number, dict(zip(header, fields, strict=True))

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -288,6 +289,6 @@ def open_run(path: str | os.PathLike[str]) -> RunFolder:
         raise FileError(
             "this run has no result yet" + (f" (it stopped at {step.name})" if step else ""),
             where=str(folder.path),
-            hint="finish it: slimtune train RECIPE.yaml --resume",
+            hint=f"finish it: slimtune train {shlex.quote(str(folder.recipe))} --resume",
         )
     return folder
