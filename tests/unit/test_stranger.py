@@ -175,3 +175,20 @@ def test_an_unfinished_run_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(st.FileError, match="no result yet") as caught:
         open_run(tmp_path)
     assert caught.value.hint == f"finish it: slimtune train {tmp_path / 'recipe.yaml'} --resume"
+
+
+def test_combining_adapters_of_other_heads_on_the_command_line_says_so(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from slimtune.cli.combine import run
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, pad_token_id=0)
+    for name, cls in (("lm", LlamaForCausalLM), ("cls", LlamaForSequenceClassification)):
+        cls(config).save_pretrained(tmp_path / f"base_{name}")
+        model = cls.from_pretrained(tmp_path / f"base_{name}")
+        st.attach(model, st.LoRA(r=2))
+        st.save(model, tmp_path / name)
+    for first, second in (("lm", "cls"), ("cls", "lm")):
+        with pytest.raises(st.MismatchError, match="another kind of head") as caught:
+            run([f"{tmp_path / first}=1", str(tmp_path / second)], str(tmp_path / "out"), "linear", None, None, None, False, None)
+        assert "st." not in caught.value.hint

@@ -302,7 +302,8 @@ class LoRA(Spec):
         """Return what a report should say about the ranks."""
         ops = {path: op for (path, _), op in adapter.ops.items() if isinstance(op, LoRAOp)}
         ranks = [op.r for op in ops.values()]
-        wide = [path for path, op in ops.items() if len(op.shape) == 2 and op.r > min(op.shape)]
+        usual = 8  # the default on a tiny layer is nobody's slip
+        wide = [path for path, op in ops.items() if len(op.shape) == 2 and op.r > max(usual, min(op.shape))]
         more = [f"the rank is above what {len(wide)} modules can have, so a part of it is idle: {', '.join(wide[:3])}"] if wide else []
         if self.init == "eva" and ranks:
             more.append(f"EVA's ranks: {min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all")

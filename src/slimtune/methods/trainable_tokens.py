@@ -199,7 +199,8 @@ class TrainableTokens(Spec):
 
     def remarks(self, adapter: Adapter) -> list[str]:
         """Return what a report should say about the tokens."""
-        tokens: list[int] = next((op.settings()["tokens"] for op in adapter.ops.values() if isinstance(op, TokenRowsOp)), [])
+        ids = next((op.rows.ids for op in adapter.ops.values() if isinstance(op, TokenRowsOp)), None)
+        tokens: list[int] = [] if ids is None or type(ids) is not Tensor or ids.device.type == "meta" else ids.tolist()
         shown = ", ".join(map(str, tokens[:12])) + (", ..." if len(tokens) > 12 else "")
         return [f"the rows of {len(tokens)} token(s) train: {shown}"] if tokens else []
 
