@@ -42,12 +42,12 @@ def check_name(name: str) -> None:
         InvalidName: it is empty, too long, or holds other signs than letters, digits, "_" and "-".
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 100:
-        plain = "".join(sign for sign in unicodedata.normalize("NFKD", str(name)) if not unicodedata.combining(sign))
+        plain = "".join(sign for sign in unicodedata.normalize("NFKD", str(name or "")) if not unicodedata.combining(sign))
         like = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-")[:100] or "default"
         raise InvalidName(
             f"{name!r:.200} cannot name an adapter",
             where="it becomes part of the names of modules and files: letters, digits, _ and -, at most 100 of them",
-            hint=f"name={like!r}" if name is not None else "leave name= out for 'default', or give a text: name='default'",
+            hint=f"name={like!r}",
         )
 
 
