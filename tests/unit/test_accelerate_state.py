@@ -171,6 +171,7 @@ def test_a_merged_model_is_what_its_weights_say() -> None:
     out = model.eval()(IDS).logits if st.use(model, "default") else None
     st.merge(model, "default")
     merged = model.state_dict()
+    kept = {k: v.clone() for k, v in merged.items()}
     assert not [k for k in merged if ".slim.default." in k], "its effect would count twice"
     assert [k for k in merged if ".slim.second." in k], "this one is not in the weights"
     assert not model.load_state_dict(merged).missing_keys
@@ -179,6 +180,9 @@ def test_a_merged_model_is_what_its_weights_say() -> None:
     torch.testing.assert_close(plain(IDS).logits, out, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="merged into the weights now"):
         model.load_state_dict(carried)
+    with pytest.raises(st.MergeError, match="undo the change first"):  # torch has written the base's values before it said so
+        st.unmerge(model)
+    model.load_state_dict(kept)
     st.unmerge(model)
     model.load_state_dict(carried)
     with pytest.raises(RuntimeError, match=r"Missing key.*slim\.default"):

@@ -51,7 +51,7 @@ def follow(model: nn.Module, state: State) -> None:
 
 def _factors(module: nn.Module, param: str, chain: Chain, step: Exchange) -> dict[str, float | None]:
     """Return by what each changed tensor of a module has been scaled since it was made, None where that is not what happened."""
-    names, versions = step.changed(), dict(step.versions)
+    names, placed = step.changed(), dict(step.placed)
     now = {name: step.here(name) for name in names}
     step()
     try:
@@ -66,7 +66,7 @@ def _factors(module: nn.Module, param: str, chain: Chain, step: Exchange) -> dic
         for name in names:
             _scale(step.here(name), step.scale.get(name, 1.0))
         step()
-        step.versions = versions
+        step.placed = placed
 
 
 def _factor(before: Tensor | None, after: Tensor | None) -> float | None:

@@ -20,21 +20,24 @@ class Exchange:
     def __init__(self, module: nn.Module, aside: dict[str, Tensor | None]) -> None:
         self.module, self.aside = module, aside
         self.scale: dict[str, float] = {}  # by what both have been scaled since they were made (see `algebra.follow`)
-        self.versions: dict[str, int | None] = {}  # of the tensors in place, when they were put there
+        self.placed: dict[str, tuple[Tensor | None, int | None]] = {}  # the tensors in place and their versions, when they were put there
 
     def __call__(self) -> None:
         for name, value in self.aside.items():
             table: dict[str, Any] = self.module._buffers if name in self.module._buffers else self.module._parameters
             self.aside[name], table[name] = table.get(name), value
-        self.versions = {name: _version(self.here(name)) for name in self.aside}
+        self.placed = {name: (self.here(name), _version(self.here(name))) for name in self.aside}
 
     def here(self, name: str) -> Tensor | None:
         """Return the tensor that is in place."""
         return self.module._buffers[name] if name in self.module._buffers else self.module._parameters.get(name)
 
     def changed(self) -> list[str]:
-        """Return the names of tensors that somebody has written to since they were put in place."""
-        return [name for name, version in self.versions.items() if version is not None and _version(self.here(name)) != version]
+        """Return the names of tensors that somebody has written to since they were put in place.
+
+        What another exchange has put there since (projections of one attention share a bias) is for that one to answer.
+        """
+        return [n for n, (t, version) in self.placed.items() if version is not None and self.here(n) is t and _version(t) != version]
 
 
 def _version(t: Tensor | None) -> int | None:
