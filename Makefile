@@ -44,8 +44,10 @@ test: setup
 test-all: setup
 	$(call TEST,$(VENV))
 
+# What transformers 5.15 itself cannot do stands in .ci/oldest-known.txt: the Trainer of several CPU processes does not find its optimizer state
+# again (it asks for the device cpu:0), and grouped products of experts do not compile.
 test-oldest: .venv-oldest/.ready
-	$(call TEST,.venv-oldest) -m "not slow"
+	$(call TEST,.venv-oldest) -m "not slow" $(addprefix --deselect=,$(shell cat .ci/oldest-known.txt))
 
 test-newest:
 	@.ci/venv .venv-newest newest
