@@ -131,8 +131,9 @@ def hub(saved: Path) -> Iterator[tuple[str, list[str]]]:
                 about = {"id": "user/adapter", "modelId": "user/adapter", "sha": sha, "siblings": [{"rfilename": n} for n in NAMES]}
                 self.reply(json.dumps(about).encode(), Content_Type="application/json")
             elif path.startswith(f"/user/adapter/resolve/{sha}/") and (saved / path.rpartition("/")[2]).is_file():
-                fetched.append(path.rpartition("/")[2])
-                self.reply((saved / fetched[-1]).read_bytes(), ETag=f'"{fetched[-1]}"')
+                name = path.rpartition("/")[2]  # the two files are asked for by two threads
+                fetched.append(name)
+                self.reply((saved / name).read_bytes(), ETag=f'"{name}"')
             else:
                 self.send_error(404)
 
